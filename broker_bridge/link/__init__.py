@@ -1,0 +1,1 @@
+"""How it travels: sessions with a broker, and the broker of the demo and the tests."""

@@ -1,0 +1,1 @@
+"""What is said, as bytes. Nothing in this folder does input or output."""

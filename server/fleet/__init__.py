@@ -1,0 +1,1 @@
+"""The fleet: certificates, enrolment, the folder that `midge init` makes."""

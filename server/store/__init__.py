@@ -1,0 +1,1 @@
+"""What must survive: the database, the model files, the spool of updates."""

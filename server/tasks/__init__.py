@@ -1,0 +1,1 @@
+"""Keras model in, task file out. The only folder that imports TensorFlow."""
