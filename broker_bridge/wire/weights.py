@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from broker_bridge.errors import PeerError
 from broker_bridge.limits import LIMITS
 
-__all__ = ["Tensors", "TensorSpec", "check", "decode", "encode", "specs_of"]
+__all__ = ["TensorSpec", "Tensors", "check", "decode", "encode", "specs_of"]
 
 Tensors = Mapping[str, NDArray[Any]]
 
