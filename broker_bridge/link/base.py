@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-__all__ = ["Connected", "Disconnected", "Link", "LinkLimits", "LinkEvent", "Message"]
+__all__ = ["Connected", "Disconnected", "Link", "LinkEvent", "LinkLimits", "Message"]
 
 
 @dataclass(frozen=True)

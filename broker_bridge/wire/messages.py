@@ -47,8 +47,6 @@ __all__ = [
     "signed",
 ]
 
-VERSION = 1
-
 Bytes32 = Annotated[bytes, Meta(min_length=32, max_length=32)]
 Bytes8 = Annotated[bytes, Meta(min_length=8, max_length=8)]
 Count = Annotated[int, Meta(ge=0, le=2**53)]
@@ -60,7 +58,7 @@ Numbers = Annotated[dict[Annotated[str, Meta(max_length=40)], float], Meta(max_l
 
 
 class _Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    v: Literal[1] = VERSION
+    v: Literal[1] = 1
 
 
 # ── The announcement: server to everyone, signed, retained ──────────────────────────────
