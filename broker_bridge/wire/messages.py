@@ -35,6 +35,7 @@ __all__ = [
     "Refused",
     "Reply",
     "Report",
+    "RoundSummary",
     "ServerIdentity",
     "Settings",
     "Until",
@@ -302,6 +303,32 @@ class Reply(msgspec.Struct, frozen=True, omit_defaults=True):
     status: dict[str, Any] | None = None
 
 
+class RoundSummary(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
+    """What `metrics` says of the last round: counts, means and seconds."""
+
+    federation: str
+    run: int
+    round: int
+    state: Literal["closed", "abandoned"]
+    task: str
+    model_version: int
+    invited: int
+    joined: int
+    accepted: int
+    rejected: int = 0
+    target: int = 0
+    quorum: int = 0
+    examples: int = 0
+    train_loss: float | None = None
+    evaluation: dict[str, float] = {}
+    evaluation_examples: int = 0
+    evaluated_by: str = ""
+    update_bytes: int = 0
+    round_s: float = 0.0
+    train_s_max: float = 0.0
+    reason: str = ""
+
+
 # ── Bytes ───────────────────────────────────────────────────────────────────────────────
 
 T = TypeVar("T")
@@ -345,13 +372,17 @@ def _unreadable(error: Exception) -> PeerError:
     return PeerError(reason, text)
 
 
-def signed(key: envelope.SignKey, kind: str, federation: str, message: msgspec.Struct) -> bytes:
-    """Encode and sign a message of this `kind` (its topic's last level) for one federation."""
-    return key.sign(f"{kind} {federation}", encode(message))
+def signed(key: envelope.SignKey, kind: str, scope: str, message: msgspec.Struct) -> bytes:
+    """Encode and sign a message of this `kind`, the last level of its topic.
+
+    `scope` is the federation for what goes to everyone, and `federation/device` for what
+    goes to or comes from one device: a message signed for one says nothing to another.
+    """
+    return key.sign(f"{kind} {scope}", encode(message))
 
 
-def opened(public: bytes, kind: str, federation: str, data: bytes, expected: Any) -> Any:
+def opened(public: bytes, kind: str, scope: str, data: bytes, expected: Any) -> Any:
     """Verify, then decode. Raises PeerError `bad_signature`, `bad_message` or `bad_version`."""
     if len(data) > LIMITS.control_bytes_max:
         raise PeerError("too_large", "a message is larger than the protocol allows")
-    return decode(envelope.verify(public, f"{kind} {federation}", data), expected)
+    return decode(envelope.verify(public, f"{kind} {scope}", data), expected)
