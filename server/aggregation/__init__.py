@@ -1,0 +1,1 @@
+"""From many updates to one model: exact sums, bounds, server optimisers. All pure."""
