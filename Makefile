@@ -1,1 +1,100 @@
-all:
+# Every target sets up what it needs on a machine that has Python 3.11 or newer, pip and make.
+#
+# Two environments, so that the demo runs on what a fleet installs and nothing else:
+#   .venv      midge and what it runs on, without TensorFlow     demo, bench
+#   .venv-dev  the same, TensorFlow and the tools of the trade   test, check, campaign
+# Each is installed once, and again when pyproject.toml or constraints.txt changes.
+
+SHELL := /bin/sh
+.DEFAULT_GOAL := help
+.PHONY: help demo test check bench campaign clean mosquitto mosquitto-or-fail python
+
+# TensorFlow Lite's lean runtime exists for Python 3.11 and no newer, so that one comes first.
+ifndef PYTHON
+PYTHON := $(shell for each in python3.11 python3 python3.12 python3.13; do \
+	"$$each" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+	&& echo "$$each" && break; done)
+endif
+
+# Debian and Homebrew put mosquitto where a user's PATH does not always look.
+export PATH := $(PATH):/usr/sbin:/usr/local/sbin:/opt/homebrew/sbin:/opt/homebrew/bin
+
+# What to hand on to pytest or the demo: make test ARGS='-k chunks'
+ARGS ?=
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+
+demo: .venv/.ready mosquitto  ## train on ten people's wearables, on this machine, behind TLS
+	@.venv/bin/midge demo $(ARGS)
+
+test: .venv-dev/.ready mosquitto-or-fail  ## run every test, with a real broker and real TensorFlow
+	@.venv-dev/bin/python -m pytest $(ARGS)
+
+check: .venv-dev/.ready  ## lint, formatting and types
+	@echo "ruff check";          .venv-dev/bin/ruff check .
+	@echo "ruff format --check"; .venv-dev/bin/ruff format --check .
+	@echo "mypy --strict";       .venv-dev/bin/mypy --strict
+
+bench: .venv/.ready mosquitto-or-fail  ## print every benchmark's table
+	@for each in benchmarks/*.py; do \
+		echo; echo "$$each"; .venv/bin/python "$$each" $(ARGS) || exit 1; \
+	done
+
+campaign: .venv-dev/.ready mosquitto-or-fail  ## run the long random tests that `test` leaves out
+	@.venv-dev/bin/python -m pytest -m campaign $(ARGS)
+
+clean:  ## remove the environments and caches; fleets and their keys stay
+	rm -rf .venv .venv-dev build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# ── What they need ───────────────────────────────────────────────────────────────────────
+
+.venv/.ready: pyproject.toml constraints.txt | python
+	$(call install,.venv,demo,about 80 MB)
+
+.venv-dev/.ready: pyproject.toml constraints.txt | python
+	$(call install,.venv-dev,dev,about 450 MB: TensorFlow is among it)
+
+define install
+	@echo "Installing midge[$(2)] into $(1) ($(3)) …"
+	@"$(PYTHON)" -m venv $(1) || { \
+		echo "make: $(PYTHON) cannot make a virtual environment." \
+			"On Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
+	@$(1)/bin/python -m pip install --quiet --disable-pip-version-check \
+		-c constraints.txt -e '.[$(2)]' || { \
+		echo "make: pip could not install midge[$(2)]; its reason is above." >&2; exit 1; }
+	@touch $@
+endef
+
+python:
+	@test -n "$(PYTHON)" || { \
+		echo "make: no Python 3.11 or newer found. Name one: make PYTHON=/path/to/python3.11 …" >&2; \
+		exit 1; }
+
+# The broker. The demo can do without mosquitto, the tests cannot: they test its configuration.
+mosquitto:
+	@$(has_mosquitto) || { $(get_mosquitto); } || \
+		echo "No mosquitto here and no way to install it: using the broker that pip installed, iotcore."
+
+mosquitto-or-fail:
+	@$(has_mosquitto) || { $(get_mosquitto); } || { \
+		echo "make: this needs mosquitto. Install it: apt-get install mosquitto mosquitto-clients," \
+			"or: brew install mosquitto" >&2; exit 1; }
+
+has_mosquitto = command -v mosquitto >/dev/null && command -v mosquitto_pub >/dev/null
+
+define get_mosquitto
+	if [ "$$(id -u)" = 0 ]; then as_root=; else as_root="sudo -n"; fi; \
+	if command -v apt-get >/dev/null && $$as_root true 2>/dev/null; then \
+		echo "Installing mosquitto with apt-get …"; \
+		export DEBIAN_FRONTEND=noninteractive; \
+		$$as_root apt-get install -y -qq mosquitto mosquitto-clients >/dev/null 2>&1 || { \
+			$$as_root apt-get update -qq && \
+			$$as_root apt-get install -y -qq mosquitto mosquitto-clients >/dev/null; }; \
+	elif command -v brew >/dev/null; then \
+		echo "Installing mosquitto with Homebrew …"; \
+		brew install --quiet mosquitto; \
+	fi; \
+	$(has_mosquitto)
+endef
