@@ -80,7 +80,7 @@ class _Elementwise:
 
 def _rounded(name: str, values: _F64) -> NDArray[np.float32]:
     with np.errstate(over="ignore"):
-        result = values.astype(np.float32)
+        result = np.asarray(values, np.float32)  # of a scalar, NumPy would make a scalar
     if not np.isfinite(result).all():
         raise LocalError(
             f"the new model is not finite in {name!r}; lower the server's learning rate"

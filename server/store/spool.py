@@ -1,0 +1,244 @@
+"""Sealed updates of the open round, on disk until the round is closed.
+
+One file per upload, named by its id. Chunk i, header and all, lies at i · (body + overhead),
+so a chunk can come at any time and twice, and a restart finds what is there by reading
+the headers at those places: a hole reads as zeros and zeros are no header.
+
+Promised: what was put before `sync(uploads)` returned is there after a power cut, and a
+chunk that is there is never overwritten. Not promised: anything else that was put.
+It survives a kill of this process, but a power cut can leave a chunk torn, with its header
+in place. So whoever opens an update checks every tag, as it must anyway, and calls
+`forget` for a chunk that does not open; it is then missing, and asked for again.
+
+One process uses the folder. Chunks are stored as they came: nothing here can read them.
+"""
+
+import contextlib
+import os
+import re
+from collections import OrderedDict
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from broker_bridge.disk import disk_errors, sync_folder, write_all
+from broker_bridge.errors import LocalError, PeerError
+from broker_bridge.wire.chunks import (
+    CHUNK_OVERHEAD_BYTES,
+    TRANSFER_ID_BYTES,
+    Layout,
+    chunk_header,
+)
+
+__all__ = ["Spool"]
+
+_NAME = re.compile(rf"([0-9a-f]{{{2 * TRANSFER_ID_BYTES}}})\.update")
+_HANDLES_MAX = 64
+_HEADER_BYTES = 24
+
+
+@dataclass
+class _Held:
+    """An upload that was begun in this process."""
+
+    layout: Layout
+    present: set[int] = field(default_factory=set)
+    fresh: set[int] = field(default_factory=set)  # put since the last sync
+    clean: bool = False
+
+    @property
+    def file_bytes(self) -> int:
+        return self.layout.total_bytes + self.layout.count * CHUNK_OVERHEAD_BYTES
+
+
+class Spool:
+    """The folder of sealed updates. Everything but `uploads` needs the upload to be begun."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._held: dict[bytes, _Held] = {}
+        self._handles: OrderedDict[bytes, int] = OrderedDict()
+        with disk_errors(folder):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            sync_folder(folder.parent)
+            found = [p for p in folder.iterdir() if _NAME.fullmatch(p.name)]
+            self._found = {bytes.fromhex(p.stem): p.stat().st_size for p in found}
+        self._names_synced = False
+        self._bytes = sum(self._found.values())
+
+    # ── One upload ──────────────────────────────────────────────────────────────────────
+
+    def begin(self, upload: bytes, layout: Layout) -> None:
+        """Make room for an upload, or find it again after a restart. Idempotent.
+
+        Raises PeerError `other_layout` when it was begun with another layout.
+        """
+        held = self._held.get(upload)
+        if held is not None:
+            if held.layout != layout:
+                raise PeerError("other_layout", "an upload that changes its size")
+            return
+        if len(upload) != TRANSFER_ID_BYTES:
+            raise ValueError(f"an upload id is {TRANSFER_ID_BYTES} bytes")
+        new = upload not in self._found
+        held = _Held(layout, set() if new else self.present(upload, layout))
+        self._open(upload, create=True)
+        self._names_synced = self._names_synced and not new
+        self._bytes += held.file_bytes - self._found.pop(upload, 0)
+        self._held[upload] = held
+
+    def put(self, upload: bytes, index: int, chunk: bytes) -> bool:
+        """Keep one sealed chunk; False when it is there already, which changes nothing.
+
+        Not yet durable: see `sync`. Raises PeerError `bad_chunk` or `other_transfer` when the
+        chunk does not belong there, DiskFullError or LocalError when the disk refuses it.
+        """
+        held = self._held[upload]
+        header = chunk_header(chunk)
+        if header.transfer != upload or header.index != index:
+            raise PeerError("other_transfer", "a chunk of another transfer or place")
+        held.layout.check(header, chunk)
+        if index in held.present:
+            return False
+        with disk_errors(self._path(upload)):
+            write_all(self._open(upload), chunk, _start(held.layout, index))
+        held.present.add(index)
+        held.fresh.add(index)
+        held.clean = False
+        return True
+
+    def forget(self, upload: bytes, index: int) -> None:
+        """Count a chunk as missing again, in this process and after a restart."""
+        held = self._held[upload]
+        with disk_errors(self._path(upload)):
+            if index in held.present:
+                write_all(self._open(upload), bytes(_HEADER_BYTES), _start(held.layout, index))
+        held.present.discard(index)
+        held.fresh.discard(index)
+
+    def missing(self, upload: bytes) -> list[int]:
+        """The indices of the chunks that are not there, in order."""
+        held = self._held[upload]
+        return [i for i in range(held.layout.count) if i not in held.present]
+
+    def complete(self, upload: bytes) -> bool:
+        """Whether every chunk is there (each may still turn out to be torn or forged)."""
+        held = self._held[upload]
+        return len(held.present) == held.layout.count
+
+    def present(self, upload: bytes, layout: Layout) -> set[int]:
+        """The chunks whose header is in its place on disk; none when there is no file."""
+        if upload not in self._held and upload not in self._found:
+            return set()
+        with disk_errors(self._path(upload)):
+            fd = self._open(upload)
+            size = os.fstat(fd).st_size
+            return {i for i in range(layout.count) if _is_there(fd, size, upload, layout, i)}
+
+    def chunks(self, upload: bytes, layout: Layout) -> Iterator[bytes]:
+        """Yield every chunk in order, as it was put. Only of a `complete` upload."""
+        for index in range(layout.count):
+            with disk_errors(self._path(upload)):
+                length = layout.size(index) + CHUNK_OVERHEAD_BYTES
+                chunk = os.pread(self._open(upload), length, _start(layout, index))
+            yield chunk
+
+    # ── Many uploads ────────────────────────────────────────────────────────────────────
+
+    def sync(self, uploads: Iterable[bytes]) -> None:
+        """Return once the disk has everything that was put into `uploads`: a group commit.
+
+        Raises DiskFullError or LocalError; then nothing is promised for any of them, and
+        the chunks of the one that failed are missing again.
+        """
+        for upload in uploads:
+            if not self._held[upload].clean:
+                self._sync_one(upload)
+        if not self._names_synced:
+            sync_folder(self.folder)
+            self._names_synced = True
+
+    def _sync_one(self, upload: bytes) -> None:
+        held = self._held[upload]
+        try:
+            # A handle that was closed since the write is opened again: the kernel reports
+            # a failed write-back to it all the same (Linux ≥ 4.16).
+            with disk_errors(self._path(upload)):
+                os.fdatasync(self._open(upload))
+        except LocalError:
+            # The kernel may have let go of the pages, and would call a second sync a success
+            # without writing them. What is put again is written again.
+            with contextlib.suppress(LocalError):
+                for index in sorted(held.fresh):
+                    self.forget(upload, index)
+            held.present.clear()
+            raise
+        held.fresh.clear()
+        held.clean = True
+
+    def drop(self, upload: bytes) -> None:
+        """Remove an upload, if it is here. It may be back after a power cut: see `clear`."""
+        held = self._held.pop(upload, None)
+        self._bytes -= held.file_bytes if held else self._found.pop(upload, 0)
+        handle = self._handles.pop(upload, None)
+        path = self._path(upload)
+        with disk_errors(path):
+            if handle is not None:
+                os.close(handle)
+            path.unlink(missing_ok=True)
+
+    def clear(self, *, keep: Collection[bytes] = ()) -> None:
+        """Remove every upload but those in `keep`: after a round, and after a restart."""
+        for upload in self.uploads() - set(keep):
+            self.drop(upload)
+
+    def uploads(self) -> set[bytes]:
+        """The uploads that are here, begun in this process or found from an earlier one."""
+        return {*self._held, *self._found}
+
+    @property
+    def bytes_held(self) -> int:
+        """An upper bound on what the files hold: the full size of each upload begun."""
+        return self._bytes
+
+    def close(self) -> None:
+        """Close the files. Nothing is written: what was not synced was not promised."""
+        while self._handles:
+            os.close(self._handles.popitem()[1])
+
+    # ── Files ───────────────────────────────────────────────────────────────────────────
+
+    def _path(self, upload: bytes) -> Path:
+        return self.folder / f"{upload.hex()}.update"
+
+    def _open(self, upload: bytes, *, create: bool = False) -> int:
+        """The upload's file; the one unused for longest is closed when too many are open."""
+        fd = self._handles.get(upload)
+        if fd is None:
+            flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | (os.O_CREAT if create else 0)
+            with disk_errors(self._path(upload)):
+                fd = os.open(self._path(upload), flags, 0o600)
+            self._handles[upload] = fd
+            if len(self._handles) > _HANDLES_MAX:
+                os.close(self._handles.popitem(last=False)[1])
+        else:
+            self._handles.move_to_end(upload)
+        return fd
+
+
+def _start(layout: Layout, index: int) -> int:
+    return index * (layout.body_bytes + CHUNK_OVERHEAD_BYTES)
+
+
+def _is_there(fd: int, size: int, upload: bytes, layout: Layout, index: int) -> bool:
+    """Whether the header of chunk `index` is in its place, and the file long enough for it."""
+    start = _start(layout, index)
+    end = start + layout.size(index) + CHUNK_OVERHEAD_BYTES
+    head = os.pread(fd, CHUNK_OVERHEAD_BYTES, start)
+    if end > size or len(head) < CHUNK_OVERHEAD_BYTES:
+        return False
+    try:
+        header = chunk_header(head)
+    except PeerError:
+        return False
+    return (header.transfer, header.index, header.count) == (upload, index, layout.count)
