@@ -1,0 +1,414 @@
+"""A round, seen from the device: the rules, and nothing but the rules.
+
+Events go in, effects come out. Time comes in with each event; randomness comes in as
+a function. What arrives here has already been verified by the agent, so a forged
+message never becomes an event; what is stale, repeated or unasked for is ignored here.
+
+    IDLE ─ announced, drawn ─► WAITING ─ jitter over ─► JOINING ─ go ─► FETCHING ─ task and
+    model here ─► TRAINING ─ trained ─► SEALING ─ in the outbox ─► UPLOADING ─ receipt ─► IDLE
+
+A device in the role `evaluate` never trains: it goes IDLE ─ new model ─► FETCHING ─►
+EVALUATING ─► IDLE and reports counts and means.
+"""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from enum import Enum
+from typing import Literal
+
+from broker_bridge.wire.chunks import missing_in
+from broker_bridge.wire.lottery import drawn
+from broker_bridge.wire.messages import (
+    Ack,
+    Announcement,
+    Blob,
+    Busy,
+    Go,
+    Init,
+    Join,
+    Need,
+    NeedBlob,
+    Report,
+)
+from device_client.events import (
+    Announced,
+    Answered,
+    Discard,
+    Effect,
+    Evaluate,
+    Evaluated,
+    Event,
+    Failed,
+    Fetch,
+    Fetched,
+    Fetching,
+    LinkUp,
+    Memory,
+    Remember,
+    Room,
+    Seal,
+    Sealed,
+    Send,
+    SendChunks,
+    Stop,
+    Tick,
+    Train,
+    Trained,
+)
+
+__all__ = ["Participant", "State"]
+
+# How long to wait before asking again, and how often (AWS IoT's streams use the same).
+SILENCE_S = 10.0
+TRIES_MAX = 32
+
+
+class State(Enum):
+    """Where the device is in a round."""
+
+    IDLE = "idle"
+    WAITING = "waiting"
+    JOINING = "joining"
+    FETCHING = "fetching"
+    TRAINING = "training"
+    SEALING = "sealing"
+    UPLOADING = "uploading"
+    EVALUATING = "evaluating"
+
+
+class Participant:
+    """One device in a federation, one round at a time."""
+
+    def __init__(
+        self,
+        device: str,
+        *,
+        memory: Memory,
+        samples: int,
+        role: Literal["train", "evaluate"] = "train",
+        fleet_epoch: int = 0,
+        draw: Callable[[], float],
+    ) -> None:
+        self.device = device
+        self.memory = memory
+        self.samples = samples
+        self.role = role
+        self.state = State.IDLE
+        self.detail = ""
+        self._fleet_epoch = fleet_epoch
+        self._draw = draw  # uniform in [0, 1)
+        self._now_s = 0.0
+        self._at_s = 0.0  # when to act next if nothing is heard
+        self._tries = 0
+        self._announcement: Announcement | None = None
+        self._digest = b""
+        self._over_s = 0.0
+        self._limits = LinkUp(0, 0)
+        self._go: Go | None = None
+        self._task = b""  # digest of the task at hand
+        self._outbox: Init | None = None
+        self._to_send: deque[int] = deque()
+
+    @property
+    def round(self) -> int:
+        """The round the device is in, or the last one it saw."""
+        return self.memory.round
+
+    def step(self, event: Event) -> list[Effect]:
+        """Take one event, change, and say what to do."""
+        match event:
+            case Tick(now_s):
+                self._now_s = max(self._now_s, now_s)
+                return self._tick()
+            case LinkUp():
+                self._limits = event
+                return self._ask_again() if self.state in _ASKING else []
+            case Announced(announcement, digest):
+                return self._announced(announcement, digest)
+            case Answered(message):
+                return self._answered(message)
+            case Fetching():
+                return self._still_fetching()
+            case Fetched(kind, digest):
+                return self._fetched(kind, digest)
+            case Trained(number):
+                return self._trained(number)
+            case Evaluated():
+                return self._evaluated(event)
+            case Failed(number, reason):
+                return self._failed(number, reason)
+            case Sealed(init):
+                return self._sealed(init)
+            case Room(publishes):
+                return self._send_some(publishes)
+
+    # ── the announcement ────────────────────────────────────────────────────────────────
+
+    def _announced(self, announcement: Announcement, digest: bytes) -> list[Effect]:
+        number = announcement.round
+        if number < self.memory.round:
+            return []  # stale or replayed: rounds only grow
+        if announcement.fleet_epoch != self._fleet_epoch:
+            self.detail = "the fleet key changed; waiting for the server to send the new one"
+            return []
+        if announcement.state == "closed":
+            return self._closed(announcement)
+        if number == self.memory.round and digest != self.memory.digest:
+            return []  # this round was opened otherwise: a round has one opening
+        if digest == self._digest:
+            return []  # the retained message again
+        return self._opened(announcement, digest)
+
+    def _closed(self, announcement: Announcement) -> list[Effect]:
+        effects: list[Effect] = []
+        if announcement.round > self.memory.round or not self.memory.done:
+            if self.role == "train":
+                effects += self._leave("the round was closed")
+            digest = self.memory.digest if announcement.round == self.memory.round else b""
+            effects += self._remember(round=announcement.round, digest=digest, done=True)
+        return effects + self._evaluate_new(announcement)
+
+    def _opened(self, announcement: Announcement, digest: bytes) -> list[Effect]:
+        """A round is open that we have not begun in this life of the process."""
+        effects: list[Effect] = []
+        if self._outbox is not None and self._outbox.announcement != digest:
+            effects += [Discard(self._outbox.upload)]
+            self._outbox = None
+        if announcement.round > self.memory.round:
+            if self.role == "train":
+                effects += self._leave("a newer round was announced")
+            effects += self._remember(round=announcement.round, digest=digest, done=False)
+        if self.role == "evaluate":
+            return effects + self._evaluate_new(announcement)
+        self._announcement, self._digest = announcement, digest
+        self._over_s = self._now_s + announcement.deadline_s
+        if self.memory.done:
+            return effects
+        if self._outbox is not None:
+            return effects + self._upload()
+        if not drawn(announcement.lottery_seed, self.device, announcement.lottery_threshold):
+            self.detail = f"not drawn for round {announcement.round}"
+            return effects + self._remember(done=True)
+        self.state = State.WAITING
+        self._at_s = self._now_s + self._draw() * announcement.jitter_s
+        return effects + self._tick()
+
+    def _remember(self, **changes: object) -> list[Effect]:
+        self.memory = replace(self.memory, **changes)  # type: ignore[arg-type]
+        return [Remember(self.memory)]
+
+    def _leave(self, reason: str) -> list[Effect]:
+        """Give up whatever the present round had us do."""
+        effects: list[Effect] = []
+        if self.state in (State.FETCHING, State.TRAINING, State.SEALING, State.EVALUATING):
+            effects.append(Stop(reason))
+        if self._outbox is not None:
+            effects.append(Discard(self._outbox.upload))
+        self.state, self.detail = State.IDLE, reason
+        self._outbox = self._go = self._announcement = None
+        self._digest = b""
+        self._to_send.clear()
+        return effects
+
+    # ── joining ─────────────────────────────────────────────────────────────────────────
+
+    def _tick(self) -> list[Effect]:
+        if self._announcement is not None and self._now_s >= self._over_s and self._busy_in_round:
+            effects = self._leave("the round's deadline is over")
+            return effects + self._remember(done=True)
+        if self._now_s < self._at_s:
+            return []
+        if self.state is State.WAITING:
+            self.state, self._tries = State.JOINING, 0
+            return self._ask_again()
+        if self.state in _ASKING and not self._to_send:
+            return self._ask_again()
+        return []
+
+    @property
+    def _busy_in_round(self) -> bool:
+        return self.state not in (State.IDLE, State.EVALUATING) and self.role == "train"
+
+    def _ask_again(self) -> list[Effect]:
+        """Nothing was heard for a while: ask once more, at most TRIES_MAX times."""
+        self._tries += 1
+        if self._tries > TRIES_MAX:
+            self._tries = 0
+            effects = self._leave("the server did not answer")
+            return effects + self._remember(done=True)
+        self._at_s = self._now_s + SILENCE_S * (0.75 + 0.5 * self._draw())
+        if self.state is State.JOINING:
+            return [Send(self._join())]
+        if self.state is State.UPLOADING and self._outbox is not None:
+            return [Send(self._outbox)]
+        if self.state is State.FETCHING and self._announcement is not None:
+            return [Send(NeedBlob(kind=kind, digest=blob.digest)) for kind, blob in self._wanted()]
+        return []
+
+    def _join(self) -> Join:
+        assert self._announcement is not None  # noqa: S101 - JOINING implies it
+        return Join(
+            round=self._announcement.round,
+            announcement=self._digest,
+            samples=self.samples,
+            packet_bytes_max=self._limits.packet_bytes_max,
+            inflight_max=self._limits.inflight_max,
+        )
+
+    def _answered(self, message: Go | Busy | Need | Ack) -> list[Effect]:
+        match message:
+            case Go():
+                return self._went(message)
+            case Busy():
+                return self._told_to_wait(message)
+            case Need():
+                return self._needed(message)
+            case Ack():
+                return self._receipt(message)
+
+    def _went(self, go: Go) -> list[Effect]:
+        if self.state is not State.JOINING or go.announcement != self._digest:
+            return []
+        self._go, self.state = go, State.FETCHING
+        return self._fetch()
+
+    def _told_to_wait(self, busy: Busy) -> list[Effect]:
+        if self.state is not State.JOINING or busy.round != self.memory.round:
+            return []
+        self.detail = busy.reason
+        if busy.retry_after_s < 0:
+            return [*self._leave(busy.reason), *self._remember(done=True)]
+        self.state = State.WAITING
+        self._at_s = self._now_s + busy.retry_after_s * (1 + 0.25 * self._draw())
+        return []
+
+    # ── task and model ──────────────────────────────────────────────────────────────────
+
+    def _wanted(self) -> Sequence[tuple[Literal["task", "model"], Blob]]:
+        """The next thing that is missing: the task first, for it says what a model is."""
+        assert self._announcement is not None  # noqa: S101 - FETCHING implies it
+        if self._task != self._announcement.task.digest:
+            return (("task", self._announcement.task),)
+        return (("model", self._announcement.model),)
+
+    def _fetch(self) -> list[Effect]:
+        self._at_s, self._tries = self._now_s + SILENCE_S, 0
+        return [Fetch(kind, blob) for kind, blob in self._wanted()]
+
+    def _fetched(self, kind: Literal["task", "model"], digest: bytes) -> list[Effect]:
+        if self.state is not State.FETCHING or self._announcement is None:
+            return []
+        if kind == "task" and digest == self._announcement.task.digest:
+            self._task = digest
+            return self._fetch()
+        if kind != "model" or digest != self._announcement.model.digest:
+            return []
+        if self.role == "evaluate":
+            self.state = State.EVALUATING
+            return [Evaluate(self._announcement.model_version)]
+        self.state = State.TRAINING
+        return [Train(self._announcement.round, self._announcement.settings)]
+
+    def _still_fetching(self) -> list[Effect]:
+        if self.state is State.FETCHING:
+            self._heard()
+        return []
+
+    # ── training and sealing ────────────────────────────────────────────────────────────
+
+    def _trained(self, number: int) -> list[Effect]:
+        if self.state is not State.TRAINING or number != self.memory.round:
+            return []
+        assert self._announcement is not None  # noqa: S101 - TRAINING implies both
+        assert self._go is not None  # noqa: S101
+        self.state = State.SEALING
+        return [Seal(self._announcement, self._digest, self._go)]
+
+    def _failed(self, number: int, reason: str) -> list[Effect]:
+        if self.state not in _WORKING or number != self.memory.round:
+            return []
+        effects = self._leave(reason)
+        return effects + self._remember(done=True)
+
+    def _sealed(self, init: Init) -> list[Effect]:
+        if self.state is State.SEALING and init.announcement == self._digest:
+            self._outbox = init
+            return self._upload()
+        at_start = self.state is State.IDLE and not self.memory.done
+        if at_start and init.announcement == self.memory.digest:
+            self._outbox = init  # found at start; goes on when the round is announced again
+            return []
+        return [Discard(init.upload)]
+
+    # ── the upload ──────────────────────────────────────────────────────────────────────
+
+    def _upload(self) -> list[Effect]:
+        self.state, self._tries = State.UPLOADING, 0
+        return self._ask_again()  # the commit first; the answer says which chunks to send
+
+    def _needed(self, need: Need) -> list[Effect]:
+        if not self._is_ours(need.upload) or self._outbox is None:
+            return []
+        self._to_send = deque(missing_in(need.bitmap, self._outbox.layout.count))
+        self._heard()
+        return []
+
+    def _send_some(self, publishes: int) -> list[Effect]:
+        if self.state is not State.UPLOADING or self._outbox is None or not self._to_send:
+            return []
+        window = min(publishes, len(self._to_send))
+        if window < 1:
+            return []
+        indices = tuple(self._to_send.popleft() for _ in range(window))
+        self._heard()
+        return [SendChunks(self._outbox.upload, indices)]
+
+    def _receipt(self, ack: Ack) -> list[Effect]:
+        if not self._is_ours(ack.upload):
+            return []
+        if ack.status in ("resend", "busy"):
+            self._at_s = self._now_s + ack.retry_after_s
+            self._to_send.clear()
+            return []
+        effects = self._leave(f"round {ack.round}: {ack.status} {ack.reason}".rstrip())
+        return effects + self._remember(done=True)
+
+    def _is_ours(self, upload: bytes) -> bool:
+        uploading = self.state is State.UPLOADING and self._outbox is not None
+        return uploading and self._outbox is not None and self._outbox.upload == upload
+
+    def _heard(self) -> None:
+        self._at_s, self._tries = self._now_s + SILENCE_S, 0
+
+    # ── a device that holds its data out ────────────────────────────────────────────────
+
+    def _evaluate_new(self, announcement: Announcement) -> list[Effect]:
+        if self.role != "evaluate" or announcement.model_version <= self.memory.evaluated_version:
+            return []
+        present = self._announcement
+        at_it = self.state in (State.FETCHING, State.EVALUATING)
+        if at_it and present and present.model_version == announcement.model_version:
+            return []
+        effects = self._leave("a newer model was announced")
+        self._announcement, self.state = announcement, State.FETCHING
+        return effects + self._fetch()
+
+    def _evaluated(self, event: Evaluated) -> list[Effect]:
+        announcement = self._announcement
+        if self.state is not State.EVALUATING or announcement is None:
+            return []
+        if event.model_version != announcement.model_version:
+            return []
+        self.state = State.IDLE
+        report = Report(
+            round=announcement.round,
+            model_version=event.model_version,
+            examples=event.examples,
+            metrics=event.metrics,
+        )
+        return [Send(report), *self._remember(evaluated_version=event.model_version)]
+
+
+_ASKING = frozenset({State.JOINING, State.FETCHING, State.UPLOADING})
+_WORKING = frozenset({State.FETCHING, State.TRAINING, State.SEALING, State.EVALUATING})

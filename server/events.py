@@ -1,0 +1,349 @@
+"""What can happen in a round, seen from the server, and what is to be done: frozen words.
+
+Events go into `server.coordinator`, effects come out of it. `server.service` performs
+the effects and reports back with events.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from broker_bridge.limits import LIMITS
+from broker_bridge.wire.messages import (
+    Ack,
+    Announcement,
+    Busy,
+    Command,
+    Go,
+    Init,
+    Join,
+    Need,
+    Presence,
+    Reply,
+    Report,
+    RoundSummary,
+    Until,
+)
+
+__all__ = [
+    "AbandonRound",
+    "Accept",
+    "Accepted",
+    "BeginUpload",
+    "Begun",
+    "Chunk",
+    "CloseRound",
+    "Closed",
+    "Commanded",
+    "Effect",
+    "EndRun",
+    "Evaluate",
+    "Evaluated",
+    "Event",
+    "Inited",
+    "Joined",
+    "OpenRound",
+    "Opened",
+    "Publish",
+    "Refuse",
+    "Refused",
+    "Reported",
+    "Respond",
+    "Rules",
+    "Run",
+    "Seen",
+    "Send",
+    "StartRun",
+    "Started",
+    "Tick",
+    "Upload",
+]
+
+
+@dataclass(frozen=True)
+class Rules:
+    """The operator's settings for rounds. A command may override the first three."""
+
+    target: int = 0  # updates wanted; 0: one from each training device online
+    quorum: int = 0  # updates needed at the deadline; 0: half of the target
+    deadline_s: float = 600.0
+    abandoned_max: int = 3  # abandoned rounds in a row that end a run
+    evaluation_wait_s: float = 60.0
+    packet_bytes_max: int = LIMITS.packet_bytes_max
+    window: int = LIMITS.inflight_max
+    uploads_max: int = 2000  # open at once, over all devices
+    retry_after_s: float = 5.0
+
+
+@dataclass(frozen=True)
+class Run:
+    """What an operator started, as it stands."""
+
+    id: int
+    task: str
+    rounds: int
+    until: Until | None = None
+    target: int = 0
+    quorum: int = 0
+    deadline_s: float = 600.0
+    rounds_done: int = 0
+    abandoned_in_a_row: int = 0
+
+
+@dataclass
+class Upload:
+    """One device's place in the open round."""
+
+    device: str
+    upload: bytes
+    packet_bytes: int
+    init: Init | None = None
+    status: Literal["going", "accepting", "accepted", "rejected"] = "going"
+    reason: str = ""
+
+
+# ── Events ──────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Tick:
+    """Time passes; seconds on a clock that never goes back."""
+
+    now_s: float
+
+
+@dataclass(frozen=True)
+class Commanded:
+    """An operator's command, decoded."""
+
+    command: Command
+
+
+@dataclass(frozen=True)
+class Started:
+    """The run is written down (after StartRun)."""
+
+    run: Run
+
+
+@dataclass(frozen=True)
+class Seen:
+    """An enrolled device's presence."""
+
+    device: str
+    presence: Presence
+
+
+@dataclass(frozen=True)
+class Opened:
+    """The round is written down and announced (after OpenRound)."""
+
+    announcement: Announcement
+    digest: bytes
+    update_bytes: int  # how long every honest update of this round is
+
+
+@dataclass(frozen=True)
+class Joined:
+    """A verified join. `upload` is a fresh random id to use if the device is let in."""
+
+    device: str
+    join: Join
+    upload: bytes
+
+
+@dataclass(frozen=True)
+class Inited:
+    """A verified commit."""
+
+    device: str
+    init: Init
+
+
+@dataclass(frozen=True)
+class Begun:
+    """The spool is ready for an upload and lacks these chunks (after BeginUpload)."""
+
+    upload: bytes
+    missing: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A chunk was opened and stored; `missing` says how many are still to come."""
+
+    upload: bytes
+    missing: int
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """The update is in the sum and on disk (after Accept)."""
+
+    upload: bytes
+
+
+@dataclass(frozen=True)
+class Refused:
+    """The update was not taken, for good (`rejected`) or for now (`busy`, `resend`)."""
+
+    upload: bytes
+    status: Literal["rejected", "busy", "resend"]
+    reason: str
+
+
+@dataclass(frozen=True)
+class Closed:
+    """The new model is on disk and on the broker (after CloseRound)."""
+
+    model_version: int
+    server_evaluates: bool
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """The server measured a model on its own held-out data (after Evaluate)."""
+
+    model_version: int
+    examples: int
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Reported:
+    """A device that holds its data out measured a model."""
+
+    device: str
+    report: Report
+
+
+Event = (
+    Tick
+    | Commanded
+    | Started
+    | Seen
+    | Opened
+    | Joined
+    | Inited
+    | Begun
+    | Chunk
+    | Accepted
+    | Refused
+    | Closed
+    | Evaluated
+    | Reported
+)
+
+
+# ── Effects ─────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Respond:
+    """Answer an operator."""
+
+    reply: Reply
+
+
+@dataclass(frozen=True)
+class StartRun:
+    """Check the task, write the run down, then say Started."""
+
+    command: Command
+    run: Run
+
+
+@dataclass(frozen=True)
+class OpenRound:
+    """Make a round key, write the round down, announce it, then say Opened."""
+
+    run: Run
+    target: int
+    quorum: int
+    online: int
+
+
+@dataclass(frozen=True)
+class Send:
+    """Sign and publish to one device."""
+
+    device: str
+    message: Go | Busy | Need | Ack
+
+
+@dataclass(frozen=True)
+class BeginUpload:
+    """Make room in the spool for an upload, then say Begun."""
+
+    device: str
+    init: Init
+
+
+@dataclass(frozen=True)
+class Accept:
+    """Open, check and sum a complete update, put it on disk, then say Accepted or Refused."""
+
+    device: str
+    init: Init
+
+
+@dataclass(frozen=True)
+class Refuse:
+    """Write down that an upload was rejected, and drop what was stored of it."""
+
+    device: str
+    upload: bytes
+    reason: str
+
+
+@dataclass(frozen=True)
+class CloseRound:
+    """Make the new model, write it and the round's end down, announce it, then say Closed."""
+
+    summary: RoundSummary
+
+
+@dataclass(frozen=True)
+class AbandonRound:
+    """Write down that the round ended without a model, and announce it."""
+
+    summary: RoundSummary
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Measure this model on the server's held-out data, then say Evaluated."""
+
+    model_version: int
+
+
+@dataclass(frozen=True)
+class Publish:
+    """Retain the summary of a finished round on `metrics`, and write it down."""
+
+    summary: RoundSummary
+
+
+@dataclass(frozen=True)
+class EndRun:
+    """Write down that the run is over."""
+
+    run: Run
+    status: Literal["done", "stopped", "failed"]
+    reason: str
+
+
+Effect = (
+    Respond
+    | StartRun
+    | OpenRound
+    | Send
+    | BeginUpload
+    | Accept
+    | Refuse
+    | CloseRound
+    | AbandonRound
+    | Evaluate
+    | Publish
+    | EndRun
+)
