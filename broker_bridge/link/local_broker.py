@@ -1,0 +1,227 @@
+"""Start a broker on this machine: for the demo, the tests, and `midge broker`.
+
+Promises: mosquitto with the shipped mosquitto.conf and mosquitto.acl, listening on
+127.0.0.1 unless told otherwise, up when `start` returns and gone when `stop` does;
+every reason why it is not becomes one sentence. Where no mosquitto can be had, the
+pip package `iotcore`, and one line (`lacks`) that says what is missing then.
+
+Does not make certificates: `folder` must hold ca.pem, broker.pem and broker-key.pem.
+"""
+
+import getpass
+import importlib.util
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Literal
+
+from broker_bridge.errors import LocalError
+from broker_bridge.link.broker_config import (
+    ACL_FILE,
+    BROKER_FILE,
+    BROKER_KEY_FILE,
+    CA_FILE,
+    render_config,
+    render_iotcore,
+)
+
+__all__ = ["Engine", "LocalBroker", "find_engine", "find_mosquitto", "free_port", "shipped_file"]
+
+Engine = Literal["mosquitto", "iotcore"]
+
+IOTCORE_LACKS = (
+    "demo broker iotcore: no ACL (any device may publish as any other) and no persistence; "
+    "install mosquitto for real use"
+)
+
+# Debian and Homebrew install it where a user's PATH may not look.
+_MOSQUITTO_FOLDERS = ("/usr/sbin", "/usr/local/sbin", "/opt/homebrew/sbin",
+                      "/opt/homebrew/opt/mosquitto/sbin", "/usr/local/opt/mosquitto/sbin",
+                      "/home/linuxbrew/.linuxbrew/sbin")
+
+
+def find_mosquitto() -> Path | None:
+    """Return the mosquitto program of this machine, if it has one."""
+    places = os.pathsep.join([os.environ.get("PATH", ""), *_MOSQUITTO_FOLDERS])
+    found = shutil.which("mosquitto", path=places)
+    return None if found is None else Path(found)
+
+
+def find_engine() -> Engine:
+    """Return the best broker this machine has. Raises LocalError if it has none."""
+    if find_mosquitto() is not None:
+        return "mosquitto"
+    if importlib.util.find_spec("iotcore") is not None:
+        return "iotcore"
+    raise LocalError("no MQTT broker is installed; run `sudo apt install mosquitto` or "
+                     "`brew install mosquitto`, or, for a demo only, `pip install iotcore`")
+
+
+def shipped_file(name: str) -> Path:
+    """Return `mosquitto.conf` or `mosquitto.acl`: beside the packages, or where pip put them."""
+    root = Path(__file__).resolve().parents[2]
+    for folder in (root, Path(sys.prefix) / "share" / "midge"):
+        if (folder / name).is_file():
+            return folder / name
+    raise LocalError(f"{name} is missing from this installation of midge; install it again")
+
+
+def free_port() -> int:
+    """Return a TCP port of 127.0.0.1 that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+class LocalBroker:
+    """One broker process. `with LocalBroker(folder, port=…) as broker:` starts and stops it.
+
+    Writes its configuration, its log and its database into `folder`. `conf_text` replaces
+    the shipped mosquitto.conf (and means no TLS for iotcore): for tests.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        port: int,
+        bind: str = "127.0.0.1",
+        engine: Engine | None = None,
+        conf_text: str | None = None,
+    ) -> None:
+        self.folder = folder.absolute()
+        self.port = port
+        self.bind = bind
+        self.engine: Engine = engine or find_engine()
+        self.log_path = self.folder / "broker.log"
+        self._conf_text = conf_text
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def host(self) -> str:
+        """The address to dial from this machine."""
+        return "127.0.0.1" if self.bind in ("0.0.0.0", "") else self.bind  # noqa: S104
+
+    @property
+    def lacks(self) -> str:
+        """What this engine cannot do, for a person to read; empty for mosquitto."""
+        return IOTCORE_LACKS if self.engine == "iotcore" else ""
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the process lives."""
+        return self._process is not None and self._process.poll() is None
+
+    def start(self, *, wait_s: float = 15.0) -> None:
+        """Start the broker and return when it accepts connections. Raises LocalError."""
+        if self.is_running:
+            return
+        self._check_port()
+        command = self._prepare()
+        with self.log_path.open("ab") as log:
+            # A session of its own: Ctrl-C is for us, and the broker goes last.
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                cwd=self.folder, start_new_session=True)
+        self._wait_until_up(wait_s)
+
+    def stop(self) -> None:
+        """Ask the broker to end, and wait for it; mosquitto writes its database first."""
+        if self._process is None:
+            return
+        self._process.terminate()
+        try:
+            self._process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            self.kill()
+        self._process = None
+
+    def kill(self) -> None:
+        """End the broker as a power cut would (SIGKILL)."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+    def restart(self) -> None:
+        """Stop if running, and start again on the same port with the same files."""
+        self.stop()
+        self.start()
+
+    def __enter__(self) -> "LocalBroker":
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def _prepare(self) -> list[str]:
+        if self._conf_text is None:
+            for name in (CA_FILE, BROKER_FILE, BROKER_KEY_FILE):
+                if not (self.folder / name).is_file():
+                    raise LocalError(f"the broker needs {self.folder / name}; "
+                                     "`midge init` makes it")
+        if self.engine == "iotcore":
+            return self._prepare_iotcore()
+        return self._prepare_mosquitto()
+
+    def _prepare_mosquitto(self) -> list[str]:
+        program = find_mosquitto()
+        if program is None:
+            raise LocalError("mosquitto is not installed; run `sudo apt install mosquitto`")
+        text = self._conf_text
+        if text is None:
+            text = shipped_file("mosquitto.conf").read_text()
+            shutil.copyfile(shipped_file(ACL_FILE), self.folder / ACL_FILE)
+        # mosquitto must read a key that only its owner can read, so it stays who we are.
+        config = self.folder / "mosquitto.conf"
+        config.write_text(render_config(text, port=self.port, bind=self.bind, folder=self.folder,
+                                        user=getpass.getuser()))
+        return [str(program), "-c", str(config)]
+
+    def _prepare_iotcore(self) -> list[str]:
+        if importlib.util.find_spec("iotcore") is None:
+            raise LocalError("iotcore is not installed; run `pip install iotcore`")
+        config = self.folder / "iotcore.toml"
+        folder = self.folder if self._conf_text is None else None
+        config.write_text(render_iotcore(port=self.port, bind=self.bind, folder=folder))
+        return [sys.executable, "-m", "iotcore", "--config", str(config), "--log-level", "ERROR"]
+
+    def _check_port(self) -> None:
+        family = socket.AF_INET6 if ":" in self.bind else socket.AF_INET
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((self.bind, self.port))
+            except PermissionError as error:
+                raise LocalError(f"port {self.port} needs root; choose one above 1023") from error
+            except OSError as error:
+                raise LocalError(
+                    f"port {self.port} on {self.bind} cannot be used ({error.strerror}); "
+                    "stop the program that holds it (perhaps another broker) or choose "
+                    "another port") from error
+
+    def _wait_until_up(self, wait_s: float) -> None:
+        give_up = time.monotonic() + wait_s
+        while time.monotonic() < give_up:
+            if not self.is_running:
+                raise LocalError(f"{self.engine} did not start: {self._last_words()} "
+                                 f"(log: {self.log_path})")
+            try:
+                with socket.create_connection((self.host, self.port), timeout=1.0):
+                    return
+            except OSError:
+                time.sleep(0.02)
+        self.kill()
+        raise LocalError(f"{self.engine} did not answer on {self.host}:{self.port} within "
+                         f"{wait_s:g} s (log: {self.log_path})")
+
+    def _last_words(self) -> str:
+        lines = self.log_path.read_text(errors="replace").splitlines()
+        errors = [line for line in lines[-20:] if "Error" in line]
+        return (errors or lines or ["it said nothing"])[-1].strip()

@@ -1,0 +1,121 @@
+"""TLS towards the broker, and failures to connect put into words.
+
+Promises: the broker's certificate and host name are always verified, TLS 1.2 is
+the least, and every way a connection can fail becomes one sentence that a person
+can act on. Promises nothing about what the broker does with what it is sent: that
+is what sealing is for.
+"""
+
+import socket
+import ssl
+from dataclasses import dataclass
+from pathlib import Path
+
+from broker_bridge.errors import LocalError
+
+__all__ = ["Failure", "TlsFiles", "client_context", "explain", "explain_tls"]
+
+
+@dataclass(frozen=True)
+class TlsFiles:
+    """Where the PEM files are: the CA we trust, and who we are to the broker."""
+
+    ca: Path
+    certificate: Path | None = None
+    key: Path | None = None
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a connection failed. `final`: trying again without a person's help is no use."""
+
+    reason: str
+    final: bool = False
+    try_older_mqtt: bool = False
+
+
+def client_context(files: TlsFiles) -> ssl.SSLContext:
+    """Return a context that trusts `files.ca` and nobody else.
+
+    Raises LocalError, naming the file, when one is missing, unreadable or no PEM.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)    # verifies certificate and host name
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    _check_readable(files.ca, "CA certificate")
+    try:
+        context.load_verify_locations(cafile=str(files.ca))
+    except ssl.SSLError as error:
+        raise LocalError(
+            f"{files.ca} holds no CA certificate in PEM form; copy the CA file of your broker there"
+        ) from error
+    if files.certificate is not None:
+        _load_identity(context, files.certificate, files.key or files.certificate)
+    return context
+
+
+def _load_identity(context: ssl.SSLContext, certificate: Path, key: Path) -> None:
+    _check_readable(certificate, "client certificate")
+    _check_readable(key, "client key")
+    try:
+        # An empty password: OpenSSL would otherwise stop and ask on the terminal.
+        context.load_cert_chain(str(certificate), str(key), password="")
+    except ssl.SSLError as error:
+        if "MISMATCH" in str(error).upper():
+            problem = f"the key in {key} does not belong to the certificate in {certificate}"
+        else:
+            problem = f"{certificate} and {key} are not a certificate and its unencrypted PEM key"
+        raise LocalError(f"{problem}; enrol again or copy both files of one bundle") from error
+
+
+def _check_readable(path: Path, what: str) -> None:
+    try:
+        with path.open("rb"):
+            return
+    except FileNotFoundError as error:
+        raise LocalError(f"the {what} {path} does not exist; check the path") from error
+    except OSError as error:
+        raise LocalError(
+            f"the {what} {path} cannot be read ({error.strerror}); check owner and mode"
+        ) from error
+
+
+def explain(error: OSError, *, host: str, port: int) -> Failure:
+    """Say why no connection to `host`:`port` came about."""
+    where = f"{host}:{port}"
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return Failure(
+            f"the broker at {where} is not who it should be: {error.verify_message}; "
+            "check that the CA file belongs to this broker, that the broker's certificate "
+            f"names {host!r}, and that this machine's clock is right", final=True)
+    if isinstance(error, ssl.SSLError):
+        return explain_tls(str(error), where=where)
+    if isinstance(error, socket.gaierror):
+        return Failure(f"no machine is called {host!r} ({error.strerror}); "
+                       "check the broker's name and this machine's DNS")
+    if isinstance(error, ConnectionRefusedError):
+        return Failure(f"nothing listens at {where}; start the broker there or correct the port")
+    if isinstance(error, TimeoutError):
+        return Failure(f"no answer from {where}; check the address, the firewall and the network")
+    if isinstance(error, ConnectionResetError):
+        return Failure(f"{where} hung up during the greeting; is it an MQTT broker, with TLS "
+                       "set as it is here?")
+    return Failure(f"no connection to {where}: {error.strerror or error}")
+
+
+def explain_tls(text: str, *, where: str) -> Failure:
+    """Say what OpenSSL meant by `text`."""
+    alert = text.upper().replace(" ", "_")
+    if "WRONG_VERSION_NUMBER" in alert or "RECORD_LAYER_FAILURE" in alert:
+        return Failure(f"the broker at {where} does not speak TLS on this port; "
+                       "use its TLS port, or no TLS", final=True)
+    if "CERTIFICATE_REQUIRED" in alert or "HANDSHAKE_FAILURE" in alert:
+        return Failure(f"the broker at {where} wants a client certificate; give one", final=True)
+    if any(word in alert for word in _REFUSED_ALERTS):
+        return Failure(f"the broker at {where} refused our client certificate; it may be from "
+                       "another CA, expired or revoked: enrol again", final=True)
+    return Failure(f"TLS with {where} failed: {text}")
+
+
+_REFUSED_ALERTS = ("UNKNOWN_CA", "BAD_CERTIFICATE", "CERTIFICATE_EXPIRED", "CERTIFICATE_REVOKED",
+                   "CERTIFICATE_UNKNOWN", "UNSUPPORTED_CERTIFICATE", "ACCESS_DENIED",
+                   "DECRYPT_ERROR")
