@@ -1,0 +1,201 @@
+"""What the database knows of runs, rounds, receipts and models.
+
+The rules that must hold whatever the caller does are kept here and, where SQL can say
+them, by the schema too: one open round, round numbers that only grow, a final receipt
+that never changes, one accepted update per device and round. Breaking one of them is a
+bug of ours (ValueError), but for the last, which a device can provoke (PeerError).
+"""
+
+from dataclasses import asdict
+
+from sqlalchemy import func, insert, select, update
+
+from broker_bridge.errors import PeerError
+from server.store import schema
+from server.store.queries import Queries
+from server.store.rows import Model, Receipt, ReceiptStatus, Round, RoundStatus, Run, RunStatus
+
+__all__ = ["RoundQueries"]
+
+
+class RoundQueries(Queries):
+    """Runs, rounds, receipts, models."""
+
+    # ── Runs ────────────────────────────────────────────────────────────────────────────
+
+    def add_run(self, run: Run) -> int:
+        """Start a run; return its id. Only when there is no `current_run`."""
+        if self.current_run() is not None:
+            raise ValueError("one run at a time")
+        values = asdict(run)
+        del values["id"]
+        result = self._sql.execute(insert(schema.runs).values(values))
+        key = result.inserted_primary_key
+        if key is None:
+            raise ValueError("the database gave a run no id")
+        return int(key[0])
+
+    def run(self, run_id: int) -> Run | None:
+        """The run of this id."""
+        return self._one(Run, select(schema.runs).where(schema.runs.c.id == run_id))
+
+    def current_run(self) -> Run | None:
+        """The run that is open or paused, if there is one."""
+        query = select(schema.runs).where(schema.runs.c.status.in_(("open", "paused")))
+        return self._one(Run, query)
+
+    def latest_run(self) -> Run | None:
+        """The run that was started last, whatever became of it."""
+        return self._one(Run, select(schema.runs).order_by(schema.runs.c.id.desc()).limit(1))
+
+    def set_run_status(
+        self, run_id: int, status: RunStatus, *, reason: str = "", ended_at: float | None = None
+    ) -> None:
+        """Pause, resume or end a run."""
+        values = {"status": status, "reason": reason, "ended_at": ended_at}
+        self._change(schema.runs, {"id": run_id}, values)
+
+    def count_round_done(self, run_id: int) -> None:
+        """One more round of this run is over."""
+        done = schema.runs.c.rounds_done + 1
+        self._change(schema.runs, {"id": run_id}, {"rounds_done": done})
+
+    # ── Rounds ──────────────────────────────────────────────────────────────────────────
+
+    def highest_round(self) -> int:
+        """The highest round number ever opened; 0 before the first."""
+        return int(self._sql.scalar(select(func.max(schema.rounds.c.number))) or 0)
+
+    def open_round(self, new: Round) -> None:
+        """Open a round. Its number is above `highest_round`, and no other is open."""
+        if new.number <= self.highest_round():
+            raise ValueError("round numbers only grow")
+        if self.current_round() is not None:
+            raise ValueError("one round at a time")
+        self._sql.execute(insert(schema.rounds).values(asdict(new)))
+
+    def round(self, number: int) -> Round | None:
+        """The round of this number."""
+        return self._one(Round, select(schema.rounds).where(schema.rounds.c.number == number))
+
+    def current_round(self) -> Round | None:
+        """The open round, if there is one."""
+        return self._one(Round, select(schema.rounds).where(schema.rounds.c.status == "open"))
+
+    def rounds_of(self, run_id: int) -> list[Round]:
+        """The rounds of a run, oldest first."""
+        c = schema.rounds.c
+        return self._all(Round, select(schema.rounds).where(c.run_id == run_id).order_by(c.number))
+
+    def close_round(
+        self, number: int, *, model_after: int, closed_at: float, summary_json: str
+    ) -> None:
+        """The round made a model. Its key is gone with this commit (see Database.checkpoint)."""
+        self._end_round(number, "closed", model_after, closed_at, summary_json)
+
+    def abandon_round(self, number: int, *, closed_at: float, summary_json: str) -> None:
+        """The round made no model; `summary_json` says why. Its key is gone too."""
+        self._end_round(number, "abandoned", None, closed_at, summary_json)
+
+    def _end_round(
+        self,
+        number: int,
+        status: RoundStatus,
+        model_after: int | None,
+        closed_at: float,
+        summary_json: str,
+    ) -> None:
+        values = {
+            "status": status,
+            "round_key": None,
+            "model_after": model_after,
+            "closed_at": closed_at,
+            "summary_json": summary_json,
+        }
+        self._change(schema.rounds, {"number": number, "status": "open"}, values)
+
+    # ── Receipts ────────────────────────────────────────────────────────────────────────
+
+    def add_receipt(self, receipt: Receipt) -> None:
+        """Note an upload that was begun, or one that was refused at once."""
+        if receipt.status == "accepted":
+            self._refuse_second(receipt.round, receipt.device)
+        self._sql.execute(insert(schema.receipts).values(asdict(receipt)))
+
+    def receipt(self, upload: bytes) -> Receipt | None:
+        """What became of this upload."""
+        return self._one(Receipt, select(schema.receipts).where(schema.receipts.c.upload == upload))
+
+    def receipts(
+        self, number: int, *, status: ReceiptStatus | None = None, device: str | None = None
+    ) -> list[Receipt]:
+        """The receipts of a round, by upload id: the same order at every reading."""
+        c = schema.receipts.c
+        query = select(schema.receipts).where(c.round == number).order_by(c.upload)
+        if status is not None:
+            query = query.where(c.status == status)
+        if device is not None:
+            query = query.where(c.device == device)
+        return self._all(Receipt, query)
+
+    def receipt_counts(self, number: int) -> dict[ReceiptStatus, int]:
+        """How many uploads of a round have which status."""
+        return self._counts(schema.receipts.c.status, schema.receipts.c.round == number)
+
+    def settle(self, upload: bytes, status: ReceiptStatus, *, at: float, reason: str = "") -> None:
+        """Give the final answer on an upload that is `going`.
+
+        Raises PeerError `already_counted` when another upload of this device was accepted
+        in this round; then nothing has changed.
+        """
+        receipt = self.receipt(upload)
+        if receipt is None or receipt.status != "going" or status == "going":
+            raise ValueError("only an upload under way is settled, and only once")
+        if status == "accepted":
+            self._refuse_second(receipt.round, receipt.device)
+        values = {"status": status, "reason": reason, "at": at}
+        self._change(schema.receipts, {"upload": upload}, values)
+
+    def settle_rest(self, number: int, *, at: float, reason: str) -> int:
+        """Make every upload of a round that is still going `late`; say how many."""
+        c = schema.receipts.c
+        query = update(schema.receipts).where(c.round == number, c.status == "going")
+        return self._sql.execute(query.values(status="late", reason=reason, at=at)).rowcount
+
+    def _refuse_second(self, number: int, device: str) -> None:
+        if self.receipts(number, status="accepted", device=device):
+            raise PeerError("already_counted", f"{device} already has an update in round {number}")
+
+    # ── Models ──────────────────────────────────────────────────────────────────────────
+
+    def add_model(self, model: Model) -> None:
+        """Note a version whose file is on the disk. Versions only grow."""
+        if model.version <= self.highest_model():
+            raise ValueError("model versions only grow")
+        self._sql.execute(insert(schema.models).values(asdict(model)))
+
+    def highest_model(self) -> int:
+        """The highest version of any task; -1 before the first, so that versions start at 0."""
+        highest = self._sql.scalar(select(func.max(schema.models.c.version)))
+        return -1 if highest is None else int(highest)
+
+    def model(self, version: int) -> Model | None:
+        """The model of this version."""
+        return self._one(Model, select(schema.models).where(schema.models.c.version == version))
+
+    def latest_model(self, task_digest: bytes | None = None) -> Model | None:
+        """The newest model, of this task if one is named."""
+        query = select(schema.models).order_by(schema.models.c.version.desc()).limit(1)
+        if task_digest is not None:
+            query = query.where(schema.models.c.task_digest == task_digest)
+        return self._one(Model, query)
+
+    def models(self, *, below: int | None = None, limit: int = 100) -> list[Model]:
+        """A page of models, newest first; the next one is `below` the last version of this one."""
+        c = schema.models.c
+        query = select(schema.models).order_by(c.version.desc()).limit(limit)
+        return self._all(Model, query if below is None else query.where(c.version < below))
+
+    def set_model_metrics(self, version: int, metrics_json: str) -> None:
+        """Note how good a model turned out to be."""
+        self._change(schema.models, {"version": version}, {"metrics_json": metrics_json})
