@@ -4,8 +4,9 @@ Layout: magic `mgw1`, header length (u32, little-endian), header, then the raw
 little-endian values of each tensor in header order, without padding. The header
 is MessagePack: a list of [name, dtype, shape].
 
-`decode` promises that what it returns is finite, of an allowed dtype and exactly
-as long as the header says. It never unpickles, and copies nothing but headers.
+`decode` promises that what it returns is finite, of an allowed dtype and exactly as
+long as the header says, that a bool is 0 or 1, and that names can go into a log. It
+never unpickles, and copies nothing but headers.
 """
 
 import math
@@ -26,6 +27,7 @@ Tensors = Mapping[str, NDArray[Any]]
 
 _MAGIC = b"mgw1"
 _PREFIX = struct.Struct("<4sI")
+_NAME_CHARS_MAX = 200
 _DTYPES = {"float32": "<f4", "int32": "<i4", "int64": "<i8", "uint8": "|u1", "bool": "|b1"}
 
 
@@ -87,6 +89,8 @@ def decode(data: bytes) -> dict[str, NDArray[Any]]:
         array = np.frombuffer(data, dtype, spec.size, start).reshape(spec.shape)
         if dtype.kind == "f" and not np.isfinite(array).all():
             raise PeerError("not_finite", f"tensor {spec.name!r} holds NaN or infinity")
+        if dtype.kind == "b" and array.size and array.view(np.uint8).max() > 1:
+            raise PeerError("bad_weights", f"tensor {spec.name!r} holds a bool that is not 0 or 1")
         tensors[spec.name] = array
         start += spec.nbytes
     return tensors
@@ -126,9 +130,12 @@ def _decode_header(data: bytes) -> tuple[tuple[TensorSpec, ...], int]:
 
 
 def _check_spec(spec: TensorSpec) -> None:
+    if len(spec.name) > _NAME_CHARS_MAX or not spec.name.isprintable():
+        raise PeerError("bad_weights", "a tensor's name is too long or not printable")
     if spec.dtype not in _DTYPES:
         raise PeerError("bad_weights", f"unknown dtype {spec.dtype!r}")
     if len(spec.shape) > LIMITS.tensor_rank_max or any(n < 0 for n in spec.shape):
         raise PeerError("bad_weights", f"impossible shape {list(spec.shape)}")
-    if spec.size > LIMITS.model_bytes_max:
+    # A zero among the dimensions must not hide that numpy cannot shape the rest.
+    if math.prod(max(n, 1) for n in spec.shape) > LIMITS.model_bytes_max:
         raise PeerError("bad_weights", f"tensor {spec.name!r} is too large")
