@@ -55,7 +55,9 @@ Size = Annotated[int, Meta(ge=1, le=LIMITS.model_bytes_max)]
 Name = Annotated[str, Meta(min_length=1, max_length=LIMITS.name_chars_max)]
 Sentence = Annotated[str, Meta(max_length=500)]
 Seconds = Annotated[float, Meta(ge=0, le=1e9)]
-Numbers = Annotated[dict[Annotated[str, Meta(max_length=40)], float], Meta(max_length=32)]
+# The bounds keep out NaN and infinity: every comparison with NaN is false.
+Finite = Annotated[float, Meta(ge=-1e300, le=1e300)]
+Numbers = Annotated[dict[Annotated[str, Meta(max_length=40)], Finite], Meta(max_length=32)]
 
 
 class _Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -105,12 +107,12 @@ class Announcement(_Message, frozen=True, kw_only=True):
     settings: Settings
     codec: Literal["f32"] = "f32"
     mode: Literal["plain"] = "plain"
-    delta_bound: Annotated[float, Meta(gt=0)]
+    delta_bound: Annotated[float, Meta(gt=0, le=1e300)]
     weight_max: Annotated[int, Meta(ge=1, le=LIMITS.examples_max)]
     fraction_bits: Annotated[int, Meta(ge=8, le=48)]
     round_key: Bytes32
     fleet_epoch: Count
-    issued_at: float  # for people; no device decides by it
+    issued_at: Finite  # for people; no device decides by it
     deadline_s: Seconds
     target: Count
     quorum: Count
@@ -187,7 +189,7 @@ class Busy(_Message, frozen=True, kw_only=True, tag="busy"):
     """Not now; ask again after `retry_after_s`, or not in this round if it is negative."""
 
     round: Count
-    retry_after_s: float
+    retry_after_s: Annotated[float, Meta(ge=-1, le=1e9)]
     reason: Sentence = ""
 
 
@@ -250,6 +252,9 @@ class Configured(_Message, frozen=True, kw_only=True):
     fleet_epoch: Count
     fleet_key: Bytes32
 
+    def __repr__(self) -> str:
+        return f"Configured({self.device}, fleet epoch {self.fleet_epoch})"
+
 
 class ServerIdentity(_Message, frozen=True, kw_only=True):
     """The server's public keys, signed by the federation's root."""
@@ -257,7 +262,7 @@ class ServerIdentity(_Message, frozen=True, kw_only=True):
     federation: Name
     sign_public: Bytes32
     kem_public: Bytes32
-    issued_at: float
+    issued_at: Finite
 
 
 # ── For people: JSON ────────────────────────────────────────────────────────────────────
