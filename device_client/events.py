@@ -36,6 +36,7 @@ __all__ = [
     "Fetching",
     "LinkUp",
     "Memory",
+    "Outgoing",
     "Remember",
     "Room",
     "Seal",
@@ -171,11 +172,14 @@ class Remember:
     memory: Memory
 
 
+Outgoing = Join | Init | NeedBlob | Report
+
+
 @dataclass(frozen=True)
 class Send:
     """Sign and publish to the server."""
 
-    message: Join | Init | NeedBlob | Report
+    message: Outgoing
 
 
 @dataclass(frozen=True)

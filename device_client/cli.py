@@ -1,0 +1,207 @@
+"""`midge-device`: the command on the device. Enrol once, then run."""
+
+import json
+import random
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import click
+
+from broker_bridge.config import load_config, overridden
+from broker_bridge.console import run_command, show_log, stop_on_signals
+from broker_bridge.errors import LocalError
+from broker_bridge.link.base import Message
+from broker_bridge.link.paho_link import PahoLink
+from broker_bridge.wire import messages
+from broker_bridge.wire.messages import Presence
+from broker_bridge.wire.topics import Topics
+from device_client import identity as identities
+from device_client.agent import Agent, Journal
+from device_client.config import EXAMPLE, DeviceConfig
+from device_client.enrolment import enrol
+from device_client.identity import Identity
+from device_client.outbox import Outbox
+
+__all__ = ["main"]
+
+_FOLDER = click.option(
+    "--dir", "folder", type=click.Path(path_type=Path, file_okay=False), envvar="MIDGE_DEVICE_DIR",
+    default=Path("/var/lib/midge-device"), show_default=True,
+    help="The folder with this device's keys and state.",
+)  # fmt: skip
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(version("midge"), prog_name="midge-device")
+def device() -> None:
+    """Train on this device's own data, for the federation it is enrolled in.
+
+    \b
+    Example:
+      midge-device enrol ward-3.bundle --dir ./ward-3
+      midge-device run --dir ./ward-3 --data npz:samples.npz
+    """
+
+
+@device.command("enrol")
+@click.argument("bundle", type=click.Path(path_type=Path, dir_okay=False))
+@_FOLDER
+@click.option("--wait", "wait_s", default=60.0, show_default=True, help="Seconds to keep trying.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def enrol_command(bundle: Path, folder: Path, wait_s: float, as_json: bool) -> None:
+    """Make this device's keys and enrol it with the one-time token in BUNDLE.
+
+    \b
+    Example:
+      midge-device enrol ward-3.bundle --dir ./ward-3
+    """
+    found = _enrol(bundle, folder, wait_s)
+    if as_json:
+        click.echo(json.dumps(_facts(found)))
+    else:
+        click.echo(f"enrolled as {found.scope}, fingerprint {found.keys.fingerprint}")
+
+
+@device.command("run")
+@_FOLDER
+@click.option("--bundle", type=click.Path(path_type=Path, dir_okay=False),
+              help="Enrol with this bundle first, if not enrolled yet.")  # fmt: skip
+@click.option("--data", help="npz:FILE, csv:FOLDER, module:function or FILE.py:function.")
+@click.option("--role", type=click.Choice(["train", "evaluate"]), help="Default: train.")
+@click.option("--config", type=click.Path(path_type=Path, dir_okay=False),
+              help="Settings file; default: device.toml in the device's folder.")  # fmt: skip
+@click.option("--broker", "broker", help="HOST:PORT, if not where the bundle said.")
+@click.option("--log", help="debug, info, warning or error.")
+def run(
+    folder: Path,
+    bundle: Path | None,
+    data: str | None,
+    role: str | None,
+    config: Path | None,
+    broker: str | None,
+    log: str | None,
+) -> None:
+    """Take part in rounds until stopped (SIGTERM or Ctrl-C).
+
+    \b
+    Example:
+      midge-device run --dir ./ward-3 --data npz:samples.npz
+    """
+    path = config or folder / "device.toml"
+    settings = load_config(path, DeviceConfig) if config or path.exists() else DeviceConfig()
+    host, port = _host_port(broker)
+    settings = overridden(
+        settings, "command line", data=data, role=role, broker_host=host, broker_port=port, log=log
+    )
+    if not settings.data:
+        raise LocalError(
+            "no data source: say --data npz:FILE, csv:FOLDER or module:function, "
+            f"or set data in {path}"
+        )
+    show_log(settings.log)
+    stopped = stop_on_signals()
+    identity = identities.load(folder)
+    if identity is None and bundle is not None:
+        identity = _enrol(bundle, folder, 600.0)
+    if identity is None:
+        raise LocalError(
+            f"{folder} holds no enrolled device; run `midge-device enrol BUNDLE --dir {folder}`"
+        )
+    if not (folder / "device.toml").exists():
+        (folder / "device.toml").write_text(EXAMPLE)
+    _run(identity, folder, settings, stopped.is_set)
+
+
+def _run(
+    identity: Identity, folder: Path, settings: DeviceConfig, stopped: Callable[[], bool]
+) -> None:
+    journal = Journal(folder)
+    boot = journal.boot()
+    topics = Topics(identity.federation)
+    lost = Presence(state="lost", boot=boot, role=settings.role)
+    link = PahoLink.open(
+        settings.broker_host or identity.broker_host,
+        settings.broker_port or identity.broker_port,
+        client_id=identity.device,
+        tls=identities.tls_files(folder, identity),
+        will=Message(topics.state(identity.device), messages.encode_json(lost), retained=True),
+        keepalive_s=settings.keepalive_s,
+        wait_s=None,  # a device waits for its broker, however long
+    )
+    agent = Agent(
+        identity, link, journal=journal, data=settings.data, role=settings.role,
+        threads=settings.threads, boot=boot, draw=random.random,
+    )  # fmt: skip
+    try:
+        agent.run(stopped)
+    finally:
+        link.close()
+
+
+@device.command("status")
+@_FOLDER
+@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+def status(folder: Path, as_json: bool) -> None:
+    """Say who this device is and what it is doing.
+
+    \b
+    Example:
+      midge-device status --dir ./ward-3 --json
+    """
+    identity = identities.load(folder)
+    if identity is None:
+        raise LocalError(
+            f"{folder} holds no enrolled device; run `midge-device enrol BUNDLE --dir {folder}`"
+        )
+    waiting = Outbox(folder / "outbox").load()
+    memory = Journal(folder).memory()
+    shown = folder / "status.json"
+    facts = _facts(identity) | {
+        "state": json.loads(shown.read_text()) if shown.exists() else None,
+        "rounds": {"highest": memory.round, "done": memory.done},
+        "outbox": waiting and {"round": waiting.round, "bytes": waiting.total_bytes},
+    }
+    if as_json:
+        click.echo(json.dumps(facts))
+        return
+    for name, value in facts.items():
+        click.echo(f"{name:12} {value if not isinstance(value, dict) else _brief(value)}")
+
+
+def _brief(value: dict[str, object]) -> str:
+    return ", ".join(f"{name} {item}" for name, item in value.items() if item not in ("", None))
+
+
+def _facts(identity: Identity) -> dict[str, object]:
+    return {
+        "device": identity.device,
+        "federation": identity.federation,
+        "broker": f"{identity.broker_host}:{identity.broker_port}",
+        "fingerprint": identity.keys.fingerprint,
+        "software": f"midge {version('midge')}",
+    }
+
+
+def _enrol(bundle: Path, folder: Path, wait_s: float) -> Identity:
+    return enrol(
+        identities.read_bundle(bundle), folder, software=f"midge {version('midge')}", wait_s=wait_s
+    )
+
+
+def _host_port(broker: str | None) -> tuple[str | None, int | None]:
+    if broker is None:
+        return None, None
+    host, _, port = broker.rpartition(":")
+    if not host or not port.isdecimal():
+        raise click.BadParameter("write HOST:PORT, for example 192.168.1.10:8883")
+    return host, int(port)
+
+
+def main() -> None:
+    """Run `midge-device`."""
+    run_command(device, "midge-device")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""Enrol over the broker: send the keys, wait for the certificate and the fleet key.
+
+Asks again every few seconds until it is answered or time is over; the server gives
+the same answer to the same keys, so a lost answer or a power cut costs nothing.
+"""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from broker_bridge.errors import LinkError, LocalError, PeerError
+from broker_bridge.link.base import Message
+from broker_bridge.link.paho_link import PahoLink
+from broker_bridge.wire import enrolment, messages
+from broker_bridge.wire.enrolment import Bundle
+from broker_bridge.wire.envelope import KEY_BYTES, KemKey, random_bytes
+from broker_bridge.wire.messages import Refused, ServerIdentity, Welcome
+from broker_bridge.wire.topics import Topics
+from device_client import identity
+from device_client.identity import Identity, Keys
+
+__all__ = ["enrol"]
+
+_ASK_AGAIN_S = 3.0
+
+
+def enrol(
+    bundle: Bundle,
+    folder: Path,
+    *,
+    software: str,
+    wait_s: float = 60.0,
+    stopped: Callable[[], bool] = lambda: False,
+    link_options: dict[str, Any] | None = None,
+) -> Identity:
+    """Enrol the device of `bundle`, with its state in `folder`, and return its identity.
+
+    Raises LocalError when the server refuses or `folder` belongs to another device, and
+    LinkError when broker or server do not answer within `wait_s`.
+    """
+    present = identity.load(folder)
+    if present is not None:
+        if (present.federation, present.device) != (bundle.federation, bundle.device):
+            raise LocalError(
+                f"{folder} belongs to {present.scope}; "
+                f"use another folder for {bundle.federation}/{bundle.device}"
+            )
+        return present
+    keys = identity.pending_keys(folder)
+    root = bytes.fromhex(bundle.root_public)
+    signed = bytes.fromhex(bundle.server_identity)
+    server = enrolment.server_identity(root, bundle.federation, signed)
+    link = PahoLink.open(
+        bundle.broker_host,
+        bundle.broker_port,
+        client_id=bundle.device,
+        tls=identity.bootstrap_files(folder, bundle),
+        session_s=0,
+        wait_s=wait_s,
+        **(link_options or {}),
+    )
+    try:
+        found = _converse(link, bundle, keys, server, software, wait_s, stopped)
+    finally:
+        link.close()
+    identity.save(folder, found)
+    return found
+
+
+def _converse(
+    link: PahoLink,
+    bundle: Bundle,
+    keys: Keys,
+    server: ServerIdentity,
+    software: str,
+    wait_s: float,
+    stopped: Callable[[], bool],
+) -> Identity:
+    topics = Topics(bundle.federation)
+    link.subscribe([topics.down(bundle.device, "cfg")])
+    until = time.monotonic() + wait_s
+    ask_at = 0.0
+    while time.monotonic() < until and not stopped():
+        if time.monotonic() >= ask_at:
+            ask_at = time.monotonic() + _ASK_AGAIN_S
+            link.publish(
+                topics.up(0, bundle.device, "enrol"), _request(bundle, keys, server, software)
+            )
+        event = link.receive(0.5)
+        if isinstance(event, Message):
+            link.ack(event)
+            answer = _understand(event, bundle, keys, server)
+            if answer is not None:
+                return answer
+    raise LinkError(
+        f"the broker at {bundle.broker_host}:{bundle.broker_port} answers, but the server of "
+        f"{bundle.federation!r} does not; start it with `midge server`, then try again"
+    )
+
+
+def _request(bundle: Bundle, keys: Keys, server: ServerIdentity, software: str) -> bytes:
+    message = enrolment.request(
+        identity.contact(bundle),
+        sign=keys.sign,
+        kem=keys.kem,
+        tls_public=keys.tls_public,
+        server_kem=server.kem_public,
+        ephemeral=KemKey.from_seed(random_bytes(KEY_BYTES)),
+        software=software,
+    )
+    return messages.encode(message)
+
+
+def _understand(
+    message: Message, bundle: Bundle, keys: Keys, server: ServerIdentity
+) -> Identity | None:
+    """The identity in a true answer; None for anything that is not one."""
+    contact = identity.contact(bundle)
+    try:
+        answer = messages.opened(
+            server.sign_public, "cfg", contact.scope, message.payload, Welcome | Refused
+        )
+        if isinstance(answer, Refused):
+            raise LocalError(f"the server refused to enrol {bundle.device}: {answer.reason}")
+        configured = enrolment.open_welcome(
+            contact, answer, kem=keys.kem, server_kem=server.kem_public
+        )
+        return identity.enrolled(bundle, keys, configured)
+    except PeerError:
+        return None  # forged, or for another: not worth ending the wait

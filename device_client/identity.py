@@ -1,0 +1,211 @@
+"""Who this device is: its keys, its certificate and what it pinned, in one folder.
+
+    identity.json    everything, 0600, replaced as a whole; the source of truth
+    enrolling.json   the keys of an enrolment that has no answer yet
+    tls/             the PEM files that TLS wants, written again from identity.json
+
+The keys are made here and their secret halves never leave this folder. A power cut
+in mid-enrolment loses nothing: the same keys are sent again.
+"""
+
+import base64
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+from broker_bridge.disk import disk_errors, write_atomic
+from broker_bridge.errors import LocalError, PeerError
+from broker_bridge.link.tls import TlsFiles
+from broker_bridge.wire.enrolment import Bundle, Contact, server_identity
+from broker_bridge.wire.envelope import KEY_BYTES, KemKey, SignKey, fingerprint, random_bytes
+from broker_bridge.wire.messages import Configured
+
+__all__ = [
+    "Identity",
+    "Keys",
+    "bootstrap_files",
+    "contact",
+    "enrolled",
+    "load",
+    "new_keys",
+    "pending_keys",
+    "read_bundle",
+    "save",
+    "tls_files",
+]
+
+T = TypeVar("T")
+
+# RFC 8410 §7: what stands before the 32 bytes of an Ed25519 private key in PKCS #8.
+_PKCS8_ED25519 = bytes.fromhex("302e020100300506032b657004220420")
+
+
+class Keys(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Three secrets, one for each use. `repr` shows none."""
+
+    sign_seed: bytes
+    kem_seed: bytes
+    tls_seed: bytes
+
+    @property
+    def sign(self) -> SignKey:
+        """Signs what this device sends."""
+        return SignKey.from_seed(self.sign_seed)
+
+    @property
+    def kem(self) -> KemKey:
+        """Authenticates what this device seals."""
+        return KemKey.from_seed(self.kem_seed)
+
+    @property
+    def tls_public(self) -> bytes:
+        """What the operator's CA certifies, to get into the broker."""
+        return SignKey.from_seed(self.tls_seed).public
+
+    @property
+    def fingerprint(self) -> str:
+        """What two people compare."""
+        return fingerprint(self.sign.public)
+
+    def __repr__(self) -> str:
+        return f"Keys({self.fingerprint})"
+
+
+class Identity(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """An enrolled device. `repr` shows no secret."""
+
+    format: int = 1
+    federation: str
+    device: str
+    broker_host: str
+    broker_port: int
+    root_public: bytes
+    server_sign: bytes
+    server_kem: bytes
+    keys: Keys
+    psk: bytes
+    fleet_epoch: int
+    fleet_key: bytes
+    ca_pem: str
+    certificate_pem: str
+
+    def __repr__(self) -> str:
+        return f"Identity({self.federation}/{self.device} {self.keys.fingerprint})"
+
+    @property
+    def scope(self) -> str:
+        """What signatures between the server and this device are bound to."""
+        return f"{self.federation}/{self.device}"
+
+
+def new_keys() -> Keys:
+    """Make keys from the operating system's randomness."""
+    return Keys(random_bytes(KEY_BYTES), random_bytes(KEY_BYTES), random_bytes(KEY_BYTES))
+
+
+def pending_keys(folder: Path) -> Keys:
+    """The keys of an enrolment under way: those found, else new ones, on disk before use."""
+    path = folder / "enrolling.json"
+    if path.exists():
+        return _read(path, Keys)
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    keys = new_keys()
+    write_atomic(path, msgspec.json.encode(keys))
+    return keys
+
+
+def enrolled(bundle: Bundle, keys: Keys, configured: Configured) -> Identity:
+    """Put together what the bundle pinned, the device made, and the server answered."""
+    root = bytes.fromhex(bundle.root_public)
+    server = server_identity(root, bundle.federation, bytes.fromhex(bundle.server_identity))
+    return Identity(
+        federation=bundle.federation,
+        device=bundle.device,
+        broker_host=bundle.broker_host,
+        broker_port=bundle.broker_port,
+        root_public=root,
+        server_sign=server.sign_public,
+        server_kem=server.kem_public,
+        keys=keys,
+        psk=bytes.fromhex(bundle.token),
+        fleet_epoch=configured.fleet_epoch,
+        fleet_key=configured.fleet_key,
+        ca_pem=bundle.ca_pem,
+        certificate_pem=configured.certificate_pem,
+    )
+
+
+def save(folder: Path, identity: Identity) -> None:
+    """Write the identity down, whole, then forget the enrolment."""
+    write_atomic(folder / "identity.json", msgspec.json.encode(identity))
+    (folder / "enrolling.json").unlink(missing_ok=True)
+
+
+def load(folder: Path) -> Identity | None:
+    """The identity in `folder`, or None if the device has not enrolled."""
+    path = folder / "identity.json"
+    return _read(path, Identity) if path.exists() else None
+
+
+def _read(path: Path, kind: type[T]) -> T:
+    with disk_errors(path):
+        data = path.read_bytes()
+    try:
+        return msgspec.json.decode(data, type=kind)
+    except msgspec.MsgspecError as error:
+        raise LocalError(
+            f"{path} is damaged ({error}); restore it from a backup, or remove it and enrol anew"
+        ) from None
+
+
+def tls_files(folder: Path, identity: Identity) -> TlsFiles:
+    """Write the PEM files for TLS and say where they are."""
+    key = _pem("PRIVATE KEY", _PKCS8_ED25519 + identity.keys.tls_seed)
+    return _write_pem(folder / "tls", identity.ca_pem, identity.certificate_pem, key)
+
+
+def bootstrap_files(folder: Path, bundle: Bundle) -> TlsFiles:
+    """The same for the bundle's certificate, which gets in only to enrol."""
+    return _write_pem(
+        folder / "tls-bootstrap",
+        bundle.ca_pem,
+        bundle.bootstrap_certificate_pem,
+        bundle.bootstrap_key_pem,
+    )
+
+
+def read_bundle(path: Path) -> Bundle:
+    """Read a bundle file. Raises LocalError."""
+    with disk_errors(path):
+        data = path.read_bytes()
+    try:
+        bundle = Bundle.decode(data)
+        root = bytes.fromhex(bundle.root_public)
+        server_identity(root, bundle.federation, bytes.fromhex(bundle.server_identity))
+    except PeerError as error:
+        raise LocalError(
+            f"{path}: {error}; make a new one with `midge device add` and copy it whole"
+        ) from None
+    return bundle
+
+
+def contact(bundle: Bundle) -> Contact:
+    """The enrolment that a bundle is for."""
+    return Contact(bundle.federation, bundle.device, bytes.fromhex(bundle.token))
+
+
+def _write_pem(folder: Path, ca: str, certificate: str, key: str) -> TlsFiles:
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    files = TlsFiles(folder / "ca.pem", folder / "device.pem", folder / "device.key")
+    for path, text in ((files.ca, ca), (files.certificate, certificate), (files.key, key)):
+        if path is not None and (not path.exists() or path.read_text() != text):
+            write_atomic(path, text.encode())
+    return files
+
+
+def _pem(label: str, der: bytes) -> str:
+    body = base64.encodebytes(der).decode().replace("\n", "")
+    return f"-----BEGIN {label}-----\n{body}\n-----END {label}-----\n"
