@@ -147,7 +147,7 @@ def test_the_sum_of_ten_updates_is_frozen() -> None:
     assert (
         total.digest().hex() == "807e722b46a311264e67831521786eac8401db92ffe2646f66a66de129a472a0"
     )
-    assert total.mean()["bias"].tolist() == [0.0, 0.1818181872367859, 0.3636363744735718]
+    assert total.mean()["bias"].tolist() == [0.0, 0.1818181872367859]
 
 
 # ── Integer tensors ─────────────────────────────────────────────────────────────────────
