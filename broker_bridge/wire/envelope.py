@@ -138,6 +138,8 @@ class KemKey:
 
     def shared(self, public: bytes) -> bytes:
         """X25519. Raises PeerError `bad_key` for a point that gives no secret (low order)."""
+        if len(public) != KEY_BYTES:  # the binding reads 32 bytes, whatever it is given
+            raise PeerError("bad_key", "a public key of the wrong length")
         try:
             return nacl.bindings.crypto_scalarmult(self._secret, public)
         except (nacl.exceptions.CryptoError, RuntimeError, ValueError, TypeError):
