@@ -34,7 +34,7 @@ __all__ = ["Engine", "LocalBroker", "find_engine", "find_mosquitto", "free_port"
 Engine = Literal["mosquitto", "iotcore"]
 
 IOTCORE_LACKS = (
-    "demo broker iotcore: no ACL (any device may publish as any other) and no persistence; "
+    "demo broker iotcore: it checks no client certificates, has no ACL and no persistence; "
     "install mosquitto for real use"
 )
 

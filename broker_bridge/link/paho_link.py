@@ -17,16 +17,13 @@ ACK): 204 bytes a ping, 294 kB a day on the wire. A connection that died without
 word is noticed within 2.5 keep-alives, or after 30 s when there was something to send.
 """
 
-import contextlib
 import logging
 import random as _random
 import select
 import socket
 import ssl
-import threading
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -38,26 +35,19 @@ from paho.mqtt.reasoncodes import ReasonCode
 
 from broker_bridge.errors import LinkError
 from broker_bridge.limits import LIMITS
-from broker_bridge.link.base import Connected, Disconnected, LinkEvent, LinkLimits, Message
+from broker_bridge.link.base import LinkLimits, Message
+from broker_bridge.link.queued_link import GOODBYE_S, MIB, QueuedLink, packet_bytes
 from broker_bridge.link.tls import Failure, TlsFiles, client_context, explain, explain_tls
 
-__all__ = ["PahoLink", "packet_bytes"]
+__all__ = ["PahoLink"]
 
 log = logging.getLogger(__name__)
 
-MIB = 1024 * 1024
 _FILTERS_PER_SUBSCRIBE = 8          # what AWS IoT Core takes in one packet
 _UNSENT_DATA_TIMEOUT_MS = 30_000    # TCP gives up on a peer that acknowledges nothing
-_GOODBYE_S = 1.0                    # what close() waits for acknowledgements
+_RECEIVED_PACKET_BYTES_MAX = 1 * MIB
 _UNSUPPORTED_VERSION = (0x01, 0x84)                     # MQTT 3.1.1 and MQTT 5 spelling
 _MAY_PASS = (0x03, 0x88, 0x89, 0x97, 0x9C, 0x9D, 0x9F)  # unavailable, busy, quota, moved, rate
-
-
-def packet_bytes(topic: str, payload: bytes, *, protocol: str) -> int:
-    """Return the size of a QoS 1 PUBLISH without properties (MQTT 5.0, section 3.3)."""
-    body = 2 + len(topic.encode()) + 2 + (1 if protocol == "5.0" else 0) + len(payload)
-    length_field = 1 + (body > 127) + (body > 16_383) + (body > 2_097_151)
-    return 1 + length_field + body
 
 
 @dataclass(frozen=True)
@@ -91,45 +81,16 @@ class _LastError(logging.Logger):
         self.text = record.getMessage()
 
 
-class PahoLink:
+class PahoLink(QueuedLink):
     """See `link.base.Link`. Made by `open`."""
 
     def __init__(self, settings: _Settings) -> None:
-        self._settings = settings
         self._protocol = "3.1.1" if settings.protocol == "3.1.1" else "5.0"
-        self._limits = LinkLimits(LIMITS.packet_bytes_max, LIMITS.inflight_max, self._protocol)
-        self.bytes_sent = 0             # topic and payload, repeats included
-        self.bytes_received = 0
-        self.dropped_messages = 0       # came in, but too large or with an impossible topic
-        self.refused = 0                # publishes and subscriptions the broker would not have
-        self.last_refused = ""          # the topic or filter of the last one
-        self.connections = 0
-
-        # One lock for all that both threads touch. paho is called by our network thread
-        # alone, so holding it while calling paho cannot deadlock.
-        self._changed = threading.Condition()
-        self._outgoing: deque[Message] = deque()
-        self._outgoing_bytes = 0
-        self._inflight: dict[int, Message] = {}
-        self._inbox: deque[Message] = deque()
-        self._inbox_bytes = 0
-        self._news: Connected | Disconnected | None = None
-        self._news_lost_session = False
-        self._acks: deque[int] = deque()
-        self._filters: dict[str, bool] = {}         # filter -> confirmed by the broker
-        self._to_subscribe: list[str] = []
-        self._to_unsubscribe: list[str] = []
-        self._subscribing: dict[int, list[str]] = {}
-        self._connected = False
-        self._woken = False
-        self._closing_since: float | None = None
+        super().__init__(protocol=self._protocol,
+                         receive_queue_bytes_max=settings.receive_queue_bytes_max,
+                         send_queue_bytes_max=settings.send_queue_bytes_max)
+        self._settings = settings
         self._failure: Failure | None = None
-        self._crash: Exception | None = None
-
-        self._wake_read, self._wake_write = socket.socketpair()
-        self._wake_read.setblocking(False)
-        self._wake_write.setblocking(False)
-        self._thread = threading.Thread(target=self._run, name="midge-mqtt", daemon=True)
 
     @classmethod
     def open(
@@ -195,150 +156,6 @@ class PahoLink:
         where = f"{self._settings.host}:{self._settings.port}"
         raise LinkError(failure.reason if failure else f"no answer from {where} in {wait_s:g} s")
 
-    # ------------------------------------------------------------- the owner's side
-
-    @property
-    def limits(self) -> LinkLimits:
-        """The limits of the present (or last) connection."""
-        return self._limits
-
-    def room(self) -> int:
-        """How many publishes would go out at once; 0 while there is no connection."""
-        with self._changed:
-            if not self._connected:
-                return 0
-            waiting = len(self._inflight) + len(self._outgoing)
-            return max(0, self._limits.inflight_max - waiting)
-
-    def publish(self, topic: str, payload: bytes, *, retain: bool = False) -> None:
-        """Queue a publish and return at once. See `Link.publish`."""
-        _check_topic(topic)
-        size = packet_bytes(topic, payload, protocol=self._limits.protocol)
-        with self._changed:
-            self._raise_crash()
-            if self._closing_since is not None:
-                raise LinkError(f"the link is closed; nothing was sent to {topic}")
-            if size > self._limits.packet_bytes_max:
-                raise LinkError(f"{size} bytes for {topic} are more than the broker's limit of "
-                                f"{self._limits.packet_bytes_max}; send smaller chunks")
-            full = len(self._outgoing) >= LIMITS.send_queue_messages_max
-            if full or self._outgoing_bytes + size > self._settings.send_queue_bytes_max:
-                raise LinkError(f"{len(self._outgoing)} publishes wait for the broker; "
-                                "ask room() or flush() before sending more")
-            self._outgoing.append(Message(topic, payload, retain))
-            self._outgoing_bytes += len(topic) + len(payload)
-        self._poke()
-
-    def flush(self, timeout_s: float) -> bool:
-        """Wait until the broker has acknowledged every publish; say whether it did."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._all_sent() or self._crash is not None, timeout_s)
-            self._raise_crash()
-            return self._all_sent()
-
-    def subscribe(self, filters: Sequence[str]) -> None:
-        """Ask for topics, now and after each reconnect; retained messages are sent again."""
-        with self._changed:
-            self._raise_crash()
-            for each in filters:
-                self._filters[each] = False
-                self._to_subscribe.append(each)
-                if each in self._to_unsubscribe:
-                    self._to_unsubscribe.remove(each)
-        self._poke()
-
-    def unsubscribe(self, filters: Sequence[str]) -> None:
-        """Stop asking for topics."""
-        with self._changed:
-            self._raise_crash()
-            for each in filters:
-                self._filters.pop(each, None)
-                self._to_unsubscribe.append(each)
-            self._to_subscribe = [f for f in self._to_subscribe if f in self._filters]
-        self._poke()
-
-    def receive(self, timeout_s: float) -> LinkEvent | None:
-        """Return the next message or change of the connection, or None after `timeout_s`.
-
-        Changes come before messages. Several changes that nobody looked at become one:
-        the present state, with `resumed` false if the session was lost on the way.
-        """
-        with self._changed:
-            self._changed.wait_for(self._something_to_tell, timeout_s)
-            self._raise_crash()
-            if self._woken:
-                self._woken = False
-                return None
-            if self._news is not None:
-                return self._take_news()
-            if not self._inbox:
-                return None
-            was_full = not self._may_read()
-            message = self._inbox.popleft()
-            self._inbox_bytes -= len(message.payload)
-            if was_full and self._may_read():
-                self._poke()
-            return message
-
-    def wake(self) -> None:
-        """Make a waiting `receive` return None early. For another thread that has news."""
-        with self._changed:
-            self._woken = True
-            self._changed.notify_all()
-
-    def ack(self, message: Message) -> None:
-        """Tell the broker that `message` needs no redelivery.
-
-        A message of an earlier connection is left alone: its number may mean another
-        message by now, and the broker sends it again anyway.
-        """
-        connection, packet_id = divmod(message.token, 1 << 16)
-        if packet_id == 0:
-            return                      # QoS 0: nothing to acknowledge
-        with self._changed:
-            if connection == self.connections and self._connected:
-                self._acks.append(packet_id)
-        self._poke()
-
-    def close(self) -> None:
-        """Send what is queued if the broker is there (a second at most), say goodbye, and stop."""
-        with self._changed:
-            if self._closing_since is None:
-                self._closing_since = time.monotonic()
-            self._changed.notify_all()
-        self._poke()
-        # A name look-up or a handshake cannot be interrupted; then the thread, a daemon,
-        # finds the flag when it returns.
-        self._thread.join(timeout=_GOODBYE_S + 1.0)
-
-    def _something_to_tell(self) -> bool:
-        return bool(self._woken or self._news or self._inbox or self._crash)
-
-    def _take_news(self) -> LinkEvent | None:
-        news, self._news = self._news, None
-        if isinstance(news, Connected):
-            news = Connected(news.limits, news.resumed and not self._news_lost_session)
-            self._news_lost_session = False
-        return news
-
-    def _all_sent(self) -> bool:
-        return not self._outgoing and not self._inflight
-
-    def _may_read(self) -> bool:
-        return (len(self._inbox) < LIMITS.receive_queue_messages_max
-                and self._inbox_bytes < self._settings.receive_queue_bytes_max)
-
-    def _raise_crash(self) -> None:
-        if self._crash is not None:
-            raise self._crash
-
-    def _poke(self) -> None:
-        # A full pipe wakes the thread just as well, and a closed one needs no waking.
-        with contextlib.suppress(BlockingIOError, OSError):
-            self._wake_write.send(b"\0")
-
-    # ----------------------------------------------------------- the network thread
-
     def _run(self) -> None:
         try:
             self._stay_connected()
@@ -380,8 +197,7 @@ class PahoLink:
             self._failure = failure
             if is_news:
                 log.warning("not connected: %s", failure.reason)
-                self._news = Disconnected(failure.reason)
-            self._connected = False
+                self._down(failure.reason)
             self._changed.notify_all()
 
     def _sleep(self, duration_s: float) -> None:
@@ -488,12 +304,18 @@ class PahoLink:
             self._exchange(client, sock, wait_s)
 
     def _say_goodbye(self, client: mqtt.Client, greeted: bool, now: float) -> bool:
+        """While closing: wait for acknowledgements, give ours, disconnect. True: hang up."""
         if self._closing_since is None:
             return False
-        if greeted and not self._all_sent() and now - self._closing_since < _GOODBYE_S:
-            return False
-        client.disconnect()
-        return True
+        if not greeted or now - self._closing_since > GOODBYE_S:
+            client.disconnect()         # written at once if the socket takes it
+            return True
+        with self._changed:
+            self._hand_over(client)
+            if self._all_sent() and not client.want_write():
+                # Once it is written, paho closes the socket, and that ends the loop.
+                client.disconnect()
+        return False
 
     def _exchange(self, client: mqtt.Client, sock: Any, wait_s: float) -> None:
         """Hand over what is queued, wait for the socket or a poke, and let paho work."""
@@ -519,8 +341,8 @@ class PahoLink:
         """Give paho what the owner queued, no more publishes than the broker takes at once."""
         if not self._connected:
             return
-        while self._acks:
-            client.ack(self._acks.popleft(), 1)
+        for packet_id in self._take_acks():
+            client.ack(packet_id, 1)
         for batch in _batches(self._to_unsubscribe):
             client.unsubscribe(batch)
         for batch in _batches(self._to_subscribe):
@@ -546,22 +368,7 @@ class PahoLink:
         self._refuse(message.topic, f"{size} bytes exceed its new limit")
         return False
 
-    def _take_back(self) -> None:
-        """After a connection: what was not acknowledged goes to the head of the queue."""
-        with self._changed:
-            for message in reversed(self._inflight.values()):
-                self._outgoing.appendleft(message)
-                self._outgoing_bytes += len(message.topic) + len(message.payload)
-            self._inflight.clear()
-            self._acks.clear()
-            self._subscribing.clear()
-
-    def _refuse(self, topic: str, why: str) -> None:
-        self.refused += 1
-        self.last_refused = topic
-        log.warning("the broker refused %s: %s", topic, why)
-
-    # ---------------------------- paho's callbacks, all on the network thread
+    # paho's callbacks follow; all run on the network thread.
 
     def _on_connect(self, farewell: list[Failure]) -> Callable[..., None]:
         def on_connect(_client: Any, _userdata: Any, flags: mqtt.ConnectFlags,
@@ -584,52 +391,29 @@ class PahoLink:
         packet = getattr(properties, "MaximumPacketSize", LIMITS.packet_bytes_max)
         inflight = getattr(properties, "ReceiveMaximum", LIMITS.inflight_max)
         with self._changed:
-            self.connections += 1
-            self._connected = True
             self._failure = None
-            self._limits = LinkLimits(packet, min(inflight, LIMITS.inflight_max), self._protocol)
-            if not resumed:
-                self._news_lost_session = True
-                self._filters = dict.fromkeys(self._filters, False)
-            self._to_subscribe = [each for each, known in self._filters.items() if not known]
-            self._news = Connected(self._limits, resumed)
-            self._changed.notify_all()
+            limits = LinkLimits(packet, min(inflight, LIMITS.inflight_max), self._protocol)
+            self._up(limits, resumed=resumed)
 
     def _on_message(self, client: mqtt.Client, _userdata: Any, message: mqtt.MQTTMessage) -> None:
-        with self._changed:
-            try:
-                topic = message.topic
-            except UnicodeDecodeError:
-                topic = ""
-            self.bytes_received += len(topic) + len(message.payload)
-            if not topic or len(message.payload) > _RECEIVED_PACKET_BYTES_MAX:
-                self.dropped_messages += 1
-                client.ack(message.mid, message.qos)
-                return
-            token = (self.connections << 16) + message.mid if message.qos else 0
-            self._inbox.append(Message(topic, bytes(message.payload), message.retain, token))
-            self._inbox_bytes += len(message.payload)
-            self._changed.notify_all()
+        try:
+            topic = message.topic
+        except UnicodeDecodeError:
+            topic = ""
+        if topic and len(message.payload) <= _RECEIVED_PACKET_BYTES_MAX:
+            self._deliver(topic, bytes(message.payload), retained=message.retain,
+                          packet_id=message.mid if message.qos else 0)
+        else:
+            self.dropped_messages += 1
+            client.ack(message.mid, message.qos)        # or the broker would send it for ever
 
     def _on_publish(self, _client: Any, _userdata: Any, packet_id: int,
                     reason: ReasonCode, _properties: Any) -> None:
-        with self._changed:
-            message = self._inflight.pop(packet_id, None)
-            if message is not None and reason.is_failure:
-                self._refuse(message.topic, str(reason))
-            self._changed.notify_all()
+        self._acknowledged(packet_id, refusal=str(reason) if reason.is_failure else None)
 
     def _on_subscribe(self, _client: Any, _userdata: Any, packet_id: int,
                       reasons: list[ReasonCode], _properties: Any) -> None:
-        with self._changed:
-            for each, reason in zip(self._subscribing.pop(packet_id, []), reasons, strict=False):
-                if reason.is_failure:
-                    self._refuse(each, str(reason))
-                elif each in self._filters:
-                    self._filters[each] = True
-
-
-_RECEIVED_PACKET_BYTES_MAX = 1 * MIB
+        self._subscribed(packet_id, [str(each) if each.is_failure else None for each in reasons])
 
 
 def _on_disconnect(farewell: list[Failure]) -> Callable[..., None]:
@@ -645,12 +429,6 @@ def _tune_socket(_client: Any, _userdata: Any, sock: Any) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     if hasattr(socket, "TCP_USER_TIMEOUT"):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _UNSENT_DATA_TIMEOUT_MS)
-
-
-def _check_topic(topic: str) -> None:
-    """Raise ValueError for a topic no broker can take: that is the caller's bug."""
-    if not topic or len(topic.encode()) > 65_535 or any(c in topic for c in "+#\0"):
-        raise ValueError(f"{topic!r} is not a topic to publish on")
 
 
 def _batches(filters: list[str]) -> list[list[str]]:

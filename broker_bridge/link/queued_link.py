@@ -1,0 +1,305 @@
+"""The owner's half of a Link that has a network thread: bounded queues behind one lock.
+
+Promises: nothing grows past its bound, whoever is slow. A full send queue is the
+owner's to notice (`room`, `flush`, LinkError); when the receive queue is full,
+`_may_read` is false, and the network half stops reading until the owner has caught up,
+so the broker waits and nothing is lost. Knows no socket and no MQTT library.
+"""
+
+import contextlib
+import logging
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+
+from broker_bridge.errors import LinkError
+from broker_bridge.limits import LIMITS
+from broker_bridge.link.base import Connected, Disconnected, LinkEvent, LinkLimits, Message
+
+__all__ = ["GOODBYE_S", "MIB", "QueuedLink", "packet_bytes"]
+
+log = logging.getLogger(__name__)
+
+MIB = 1024 * 1024
+GOODBYE_S = 1.0                     # what close() waits for acknowledgements
+FRUITLESS_CONNECTIONS_MAX = 5
+
+
+def packet_bytes(topic: str, payload: bytes, *, protocol: str) -> int:
+    """Return the size of a QoS 1 PUBLISH without properties (MQTT 5.0, section 3.3)."""
+    body = 2 + len(topic.encode()) + 2 + (1 if protocol == "5.0" else 0) + len(payload)
+    length_field = 1 + (body > 127) + (body > 16_383) + (body > 2_097_151)
+    return 1 + length_field + body
+
+
+class QueuedLink:
+    """Everything of `link.base.Link` but the network. Subclasses supply the thread."""
+
+    def __init__(self, *, protocol: str, receive_queue_bytes_max: int,
+                 send_queue_bytes_max: int) -> None:
+        self._receive_queue_bytes_max = receive_queue_bytes_max
+        self._send_queue_bytes_max = send_queue_bytes_max
+        self._limits = LinkLimits(LIMITS.packet_bytes_max, LIMITS.inflight_max, protocol)
+        self.bytes_sent = 0             # topic and payload, repeats included
+        self.bytes_received = 0
+        self.dropped_messages = 0       # came in, but too large or with an impossible topic
+        self.refused = 0                # publishes and subscriptions the broker would not have
+        self.last_refused = ""          # the topic or filter of the last one
+        self.connections = 0
+
+        # One lock for all that both threads touch.
+        self._changed = threading.Condition()
+        self._outgoing: deque[Message] = deque()
+        self._outgoing_bytes = 0
+        self._inflight: dict[int, Message] = {}
+        self._inbox: deque[Message] = deque()
+        self._inbox_bytes = 0
+        self._news: Connected | Disconnected | None = None
+        self._news_lost_session = False
+        self._acks: deque[int] = deque()
+        self._filters: dict[str, bool] = {}         # filter -> confirmed by the broker
+        self._to_subscribe: list[str] = []
+        self._to_unsubscribe: list[str] = []
+        self._subscribing: dict[int, list[str]] = {}
+        self._answers = 0               # acknowledgements in this connection
+        self._fruitless = 0             # connections in a row that ended without one
+        self._connected = False
+        self._woken = False
+        self._closing_since: float | None = None
+        self._crash: Exception | None = None
+        self._wake_read, self._wake_write = socket.socketpair()
+        self._wake_read.setblocking(False)
+        self._wake_write.setblocking(False)
+        self._thread = threading.Thread(target=self._run, name="midge-link", daemon=True)
+
+    def _run(self) -> None:
+        """The network half, in `_thread`. Ends when `_closing_since` is set."""
+        raise NotImplementedError
+
+    @property
+    def limits(self) -> LinkLimits:
+        """The limits of the present (or last) connection."""
+        return self._limits
+
+    def room(self) -> int:
+        """How many publishes would go out at once; 0 while there is no connection."""
+        with self._changed:
+            if not self._connected:
+                return 0
+            waiting = len(self._inflight) + len(self._outgoing)
+            return max(0, self._limits.inflight_max - waiting)
+
+    def publish(self, topic: str, payload: bytes, *, retain: bool = False) -> None:
+        """Queue a publish and return at once. See `Link.publish`."""
+        _check_topic(topic)
+        size = packet_bytes(topic, payload, protocol=self._limits.protocol)
+        with self._changed:
+            self._raise_crash()
+            if self._closing_since is not None:
+                raise LinkError(f"the link is closed; nothing was sent to {topic}")
+            if size > self._limits.packet_bytes_max:
+                raise LinkError(f"{size} bytes for {topic} are more than the broker's limit of "
+                                f"{self._limits.packet_bytes_max}; send smaller chunks")
+            full = len(self._outgoing) >= LIMITS.send_queue_messages_max
+            if full or self._outgoing_bytes + size > self._send_queue_bytes_max:
+                raise LinkError(f"{len(self._outgoing)} publishes wait for the broker; "
+                                "ask room() or flush() before sending more")
+            self._outgoing.append(Message(topic, payload, retain))
+            self._outgoing_bytes += len(topic) + len(payload)
+        self._poke()
+
+    def flush(self, timeout_s: float) -> bool:
+        """Wait until the broker has acknowledged every publish; say whether it did."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._all_sent() or self._crash is not None, timeout_s)
+            self._raise_crash()
+            return self._all_sent()
+
+    def subscribe(self, filters: Sequence[str]) -> None:
+        """Ask for topics, now and after each reconnect; retained messages are sent again."""
+        with self._changed:
+            self._raise_crash()
+            for each in filters:
+                self._filters[each] = False
+                self._to_subscribe.append(each)
+                if each in self._to_unsubscribe:
+                    self._to_unsubscribe.remove(each)
+        self._poke()
+
+    def unsubscribe(self, filters: Sequence[str]) -> None:
+        """Stop asking for topics."""
+        with self._changed:
+            self._raise_crash()
+            for each in filters:
+                self._filters.pop(each, None)
+                self._to_unsubscribe.append(each)
+            self._to_subscribe = [f for f in self._to_subscribe if f in self._filters]
+        self._poke()
+
+    def receive(self, timeout_s: float) -> LinkEvent | None:
+        """Return the next message or change of the connection, or None after `timeout_s`.
+
+        Changes come before messages. Several changes that nobody looked at become one:
+        the present state, with `resumed` false if the session was lost on the way.
+        """
+        with self._changed:
+            self._changed.wait_for(self._something_to_tell, timeout_s)
+            self._raise_crash()
+            if self._woken:
+                self._woken = False
+                return None
+            if self._news is not None:
+                return self._take_news()
+            if not self._inbox:
+                return None
+            was_full = not self._may_read()
+            message = self._inbox.popleft()
+            self._inbox_bytes -= len(message.payload)
+            if was_full and self._may_read():
+                self._poke()
+            return message
+
+    def wake(self) -> None:
+        """Make a waiting `receive` return None early. For another thread that has news."""
+        with self._changed:
+            self._woken = True
+            self._changed.notify_all()
+
+    def ack(self, message: Message) -> None:
+        """Tell the broker that `message` needs no redelivery.
+
+        A message of an earlier connection is left alone: its number may mean another
+        message by now, and the broker sends it again anyway.
+        """
+        if message.token == 0:
+            return                      # QoS 0: nothing to acknowledge
+        with self._changed:
+            self._acks.append(message.token)
+        self._poke()
+
+    def close(self) -> None:
+        """Send what is queued if the broker is there (a second at most), say goodbye, and stop."""
+        with self._changed:
+            if self._closing_since is None:
+                self._closing_since = time.monotonic()
+            self._changed.notify_all()
+        self._poke()
+        # A name look-up or a handshake cannot be interrupted; then the thread, a daemon,
+        # finds the flag when it returns.
+        self._thread.join(timeout=GOODBYE_S + 1.0)
+
+    # What follows is for the network half.
+
+    def _up(self, limits: LinkLimits, *, resumed: bool) -> None:
+        """A connection began. A session that was not resumed knows none of our filters."""
+        with self._changed:
+            self.connections += 1
+            self._connected = True
+            self._limits = limits
+            if not resumed:
+                self._news_lost_session = True
+                self._filters = dict.fromkeys(self._filters, False)
+            self._to_subscribe = [each for each, known in self._filters.items() if not known]
+            self._news = Connected(limits, resumed)
+            self._changed.notify_all()
+
+    def _down(self, reason: str) -> None:
+        """The connection ended, or one that was tried came to nothing."""
+        with self._changed:
+            self._connected = False
+            self._news = Disconnected(reason)
+            self._changed.notify_all()
+
+    def _take_back(self) -> None:
+        """After a connection: what was not acknowledged goes to the head of the queue.
+
+        MQTT 3.1.1 does not say how large a packet may be: a broker that finds one too large
+        hangs up, and would do so for ever. So when several connections in a row ended without
+        one acknowledgement, the largest packet that was on its way each time is given up.
+        """
+        with self._changed:
+            self._fruitless = self._fruitless + 1 if self._inflight and not self._answers else 0
+            self._answers = 0
+            if self._fruitless >= FRUITLESS_CONNECTIONS_MAX:
+                worst = max(self._inflight, key=lambda each: len(self._inflight[each].payload))
+                self._refuse(self._inflight.pop(worst).topic, "every connection ended with it")
+                self._fruitless = 0
+            for message in reversed(self._inflight.values()):
+                self._outgoing.appendleft(message)
+                self._outgoing_bytes += len(message.topic) + len(message.payload)
+            self._inflight.clear()
+            self._acks.clear()
+            self._subscribing.clear()
+
+    def _take_acks(self) -> list[int]:
+        """The packet ids that the owner acknowledged, those of earlier connections left out."""
+        taken = [divmod(token, 1 << 16) for token in self._acks]
+        self._acks.clear()
+        return [packet_id for connection, packet_id in taken if connection == self.connections]
+
+    def _deliver(self, topic: str, payload: bytes, *, retained: bool, packet_id: int) -> None:
+        """A message came; `packet_id` is 0 for QoS 0."""
+        with self._changed:
+            token = (self.connections << 16) + packet_id if packet_id else 0
+            self._inbox.append(Message(topic, payload, retained, token))
+            self._inbox_bytes += len(payload)
+            self.bytes_received += len(topic) + len(payload)
+            self._changed.notify_all()
+
+    def _acknowledged(self, packet_id: int, *, refusal: str | None) -> None:
+        """The broker answered a publish."""
+        with self._changed:
+            self._answers += 1
+            message = self._inflight.pop(packet_id, None)
+            if message is not None and refusal is not None:
+                self._refuse(message.topic, refusal)
+            self._changed.notify_all()
+
+    def _subscribed(self, packet_id: int, refusals: Sequence[str | None]) -> None:
+        """The broker answered a subscription, filter by filter."""
+        with self._changed:
+            filters = self._subscribing.pop(packet_id, [])
+            for each, refusal in zip(filters, refusals, strict=False):
+                if refusal is not None:
+                    self._refuse(each, refusal)
+                elif each in self._filters:
+                    self._filters[each] = True
+
+    def _refuse(self, topic: str, why: str) -> None:
+        self.refused += 1
+        self.last_refused = topic
+        log.warning("the broker refused %s: %s", topic, why)
+
+    def _something_to_tell(self) -> bool:
+        return bool(self._woken or self._news or self._inbox or self._crash)
+
+    def _take_news(self) -> LinkEvent | None:
+        news, self._news = self._news, None
+        if isinstance(news, Connected):
+            news = Connected(news.limits, news.resumed and not self._news_lost_session)
+            self._news_lost_session = False
+        return news
+
+    def _all_sent(self) -> bool:
+        return not self._outgoing and not self._inflight
+
+    def _may_read(self) -> bool:
+        return (len(self._inbox) < LIMITS.receive_queue_messages_max
+                and self._inbox_bytes < self._receive_queue_bytes_max)
+
+    def _raise_crash(self) -> None:
+        if self._crash is not None:
+            raise self._crash
+
+    def _poke(self) -> None:
+        # A full pipe wakes the thread just as well, and a closed one needs no waking.
+        with contextlib.suppress(BlockingIOError, OSError):
+            self._wake_write.send(b"\0")
+
+
+def _check_topic(topic: str) -> None:
+    """Raise ValueError for a topic no broker can take: that is the caller's bug."""
+    if not topic or len(topic.encode()) > 65_535 or any(c in topic for c in "+#\0"):
+        raise ValueError(f"{topic!r} is not a topic to publish on")
