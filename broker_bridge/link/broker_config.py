@@ -53,7 +53,7 @@ def render_iotcore(*, port: int, bind: str, folder: PurePath | None) -> str:
     cut off every chunk.
     """
     tls = "" if folder is None else f"""
-[v5.1.tls]
+[v4.1.tls]
 capath = {_toml(folder / CA_FILE)}
 certpath = {_toml(folder / BROKER_FILE)}
 keypath = {_toml(folder / BROKER_KEY_FILE)}
@@ -67,12 +67,12 @@ max_outgoing_packet_count = 200
 max_segment_size = 67108864
 max_segment_count = 4
 
-[v5.1]
+[v4.1]
 name = "midge"
 listen = "{bind}:{port}"
 next_connection_delay_ms = 1
 {tls}
-[v5.1.connections]
+[v4.1.connections]
 connection_timeout_ms = 5000
 max_payload_size = 1048576
 max_inflight_count = 100

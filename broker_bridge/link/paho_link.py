@@ -346,9 +346,9 @@ class PahoLink(QueuedLink):
         for batch in _batches(self._to_unsubscribe):
             client.unsubscribe(batch)
         for batch in _batches(self._to_subscribe):
-            _, packet_id = client.subscribe([(each, 1) for each in batch])
-            if packet_id is not None:
-                self._subscribing[packet_id] = batch
+            _, subscription_id = client.subscribe([(each, 1) for each in batch])
+            if subscription_id is not None:
+                self._subscribing[subscription_id] = batch
         self._to_unsubscribe.clear()
         self._to_subscribe.clear()
         while self._outgoing and len(self._inflight) < self._limits.inflight_max:
