@@ -1,0 +1,159 @@
+"""Samples, and whether they fit a task.
+
+Raw samples go to the trainer and nowhere else; nothing here sends or stores them.
+`check_samples` promises that whatever it returns can be trained on: exact shapes and
+dtypes, no NaN, and no label out of range, which would otherwise turn every weight
+into NaN without an error. It cannot promise that the labels are right.
+"""
+
+import math
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from broker_bridge.errors import LocalError
+from broker_bridge.task.taskfile import Standardise, Task, Window
+from broker_bridge.wire.weights import TensorSpec
+
+__all__ = ["Samples", "check_samples", "from_arrays", "preprocess", "read_npz"]
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Inputs, labels and, if they do not count alike, weights. The first axis is the samples."""
+
+    inputs: tuple[Array, ...]
+    labels: Array
+    weights: Array | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def check_samples(task: Task, samples: Samples) -> Samples:
+    """Return `samples` in the exact shapes and dtypes of `task`.
+
+    Raises LocalError with one sentence that names the tensor, and the row where there is one.
+    """
+    if len(samples.inputs) != len(task.inputs):
+        raise LocalError(
+            f"the task {task.name!r} takes {len(task.inputs)} input(s) "
+            f"({', '.join(spec.name for spec in task.inputs)}), and the data has "
+            f"{len(samples.inputs)}"
+        )
+    inputs = tuple(
+        _fit(array, spec, f"input {spec.name!r}")
+        for array, spec in zip(samples.inputs, task.inputs, strict=True)
+    )
+    labels = _fit(samples.labels, task.label, "the labels (y)")
+    weights = samples.weights
+    if weights is not None:
+        weights = _fit(weights, TensorSpec("sample_weight", "float32", ()), "sample_weight")
+        _refuse(weights < 0, weights, "sample_weight", "is negative; weights count from 0 up")
+    for name, array in (*zip((s.name for s in task.inputs), inputs, strict=True),
+                        *([("sample_weight", weights)] if weights is not None else [])):
+        if len(array) != len(labels):
+            raise LocalError(f"{name!r} has {len(array)} rows, and there are {len(labels)} labels")
+    if not len(labels):
+        raise LocalError("the data has no samples: a device needs at least one to train")
+    if task.label_range is not None:
+        low, high = task.label_range
+        _refuse((labels < low) | (labels > high), labels, "the labels (y)",
+                f"is outside {low:g} … {high:g}, the range of the task {task.name!r}")
+    return Samples(inputs, labels, weights)
+
+
+def preprocess(task: Task, recording: Array) -> Array:
+    """Return the samples in one `recording` [rows, channels]: the task's steps, in order."""
+    values = np.asarray(recording, np.float32)
+    for step in task.preprocessing:
+        if isinstance(step, Window):
+            values = _windows(values, step)
+        elif isinstance(step, Standardise):
+            values = (values - np.array(step.mean, np.float32)) / np.array(step.scale, np.float32)
+    return values
+
+
+def from_arrays(arrays: Mapping[str, Array], task: Task) -> Samples:
+    """Return the checked samples in `arrays`, named as the inputs (or `x`), `y`, `sample_weight`.
+
+    Raises LocalError when one is missing or does not fit.
+    """
+    names = [spec.name for spec in task.inputs]
+    if len(names) == 1 and names[0] not in arrays and "x" in arrays:
+        names = ["x"]
+    for name in (*names, "y"):
+        if name not in arrays:
+            have = ", ".join(sorted(arrays)) or "none"
+            raise LocalError(f"the data has no array {name!r} (it has: {have})")
+    samples = Samples(
+        tuple(arrays[name] for name in names), arrays["y"], arrays.get("sample_weight")
+    )
+    return check_samples(task, samples)
+
+
+def read_npz(path: str, task: Task) -> Samples:
+    """Return the checked samples in an .npz file. Never unpickles.
+
+    Raises LocalError naming the file.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            if not isinstance(file, np.lib.npyio.NpzFile):
+                raise LocalError(f"{path} is not an .npz file: write one with numpy.savez")
+            arrays = {name: file[name] for name in file.files}
+    except OSError as error:
+        raise LocalError(f"cannot read {path}: {error.strerror or error}") from None
+    except (ValueError, zipfile.BadZipFile, EOFError) as error:
+        raise LocalError(f"{path} is not an .npz of plain arrays: {error}") from None
+    try:
+        return from_arrays(arrays, task)
+    except LocalError as error:
+        raise LocalError(f"{path}: {error}") from None
+
+
+def _fit(array: Array, spec: TensorSpec, what: str) -> Array:
+    """Return `array` as [rows, *spec.shape] of spec.dtype; only casts that lose nothing."""
+    array = np.asarray(array)
+    if array.ndim == 0:
+        raise LocalError(f"{what} is a single value; the first axis must be the samples")
+    shape = tuple(spec.shape)
+    if array.shape[1:] != shape:
+        # [rows] for [rows, 1], and the other way round, can only mean one thing.
+        if math.prod(array.shape[1:]) != 1 or math.prod(shape) != 1:
+            raise LocalError(
+                f"{what} has samples of shape {list(array.shape[1:])}; "
+                f"the task needs {list(shape)}"
+            )
+        array = array.reshape(-1, *shape)
+    if array.dtype.kind not in "fiub":
+        raise LocalError(f"{what} has dtype {array.dtype}; the task needs {spec.dtype}")
+    if array.dtype.kind == "f":
+        _refuse(~np.isfinite(array), array, what, "is not a finite number; drop or repair it")
+    cast = np.ascontiguousarray(array, dtype=spec.dtype)
+    if cast.dtype.kind != "f":
+        _refuse(cast != array, array, what, f"does not fit {spec.dtype}, which the task needs")
+    elif array.dtype.kind == "f":
+        _refuse(~np.isfinite(cast), array, what, f"does not fit {spec.dtype}")
+    return cast
+
+
+def _refuse(wrong: Array, values: Array, what: str, why: str) -> None:
+    if not wrong.any():
+        return
+    place = tuple(int(i) for i in np.argwhere(wrong)[0])
+    raise LocalError(f"{what}, row {place[0]}: {values[place]} {why}")
+
+
+def _windows(recording: Array, step: Window) -> Array:
+    starts = range(0, len(recording) - step.samples + 1, step.hop)
+    rows = [recording[start : start + step.samples] for start in starts]
+    if not rows:
+        return np.empty((0, step.samples, *recording.shape[1:]), np.float32)
+    return np.stack(rows)

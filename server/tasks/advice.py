@@ -1,0 +1,74 @@
+"""Refusals: which layer and op a device cannot run, and what to use instead."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import keras
+
+from broker_bridge.errors import LocalError, MidgeError
+from server.tasks.tracing import all_layers
+
+__all__ = ["explain", "naming_the_layer", "refuse_layers"]
+
+_OPS = {
+    "Erf": "use gelu with approximate=True",
+    "Erfc": "use gelu with approximate=True",
+    "Conv3DBackpropFilterV2": "use Conv2D on slices, or TimeDistributed(Conv2D)",
+    "MaxPool3DGrad": "use strided convolutions, or AveragePooling over slices",
+    "MaxPool3D": "use strided convolutions, or pooling over slices",
+}
+_FLOAT_TYPES = ("float32", "bool", "int32")
+
+
+def refuse_layers(model: Any) -> None:
+    """Raise LocalError for a layer known not to work, before tracing finds out obscurely."""
+    for layer in all_layers(model):
+        name = f"the layer {layer.name!r} ({type(layer).__name__})"
+        if getattr(layer, "stateful", False):
+            raise LocalError(f"{name} is stateful: samples are shuffled; use stateful=False")
+        if getattr(layer, "data_format", None) == "channels_first":
+            raise LocalError(f"{name} is channels_first: devices compute channels_last")
+        policy = keras.backend.standardize_dtype(layer.compute_dtype or "float32")
+        if policy not in _FLOAT_TYPES:
+            raise LocalError(f"{name} computes in {policy}: devices compute in float32")
+
+
+@contextmanager
+def naming_the_layer(model: Any) -> Iterator[None]:
+    """Turn an error of tracing into a LocalError that says where it happened."""
+    try:
+        yield
+    except MidgeError:
+        raise
+    except Exception as error:
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        first = lines[0] if lines else type(error).__name__
+        raise LocalError(f"the model {model.name!r} cannot be traced: {first}") from error
+
+
+def explain(error: Exception, graph: Any) -> LocalError:
+    """Return the sentence for a failed conversion."""
+    text = str(error)
+    ops = sorted(set(re.findall(r"tf\.(\w+)", text)) & _op_types(graph))
+    if not ops:
+        return LocalError(f"the model does not convert: {text.splitlines()[0]}")
+    parts = []
+    for op in ops:
+        layer = _layer_of(op, graph)
+        advice = _OPS.get(op, "write it with ops that TensorFlow Lite has")
+        parts.append(f"{op}{f' in {layer}' if layer else ''} has no builtin kernel: {advice}")
+    return LocalError("the model cannot run on a device; " + "; ".join(parts))
+
+
+def _op_types(graph: Any) -> set[str]:
+    return {op.type for f in graph.functions.values() for op in f.graph.get_operations()}
+
+
+def _layer_of(kind: str, graph: Any) -> str:
+    for function in graph.functions.values():
+        for op in function.graph.get_operations():
+            if op.type == kind:
+                return str(op.name.rsplit("/", 1)[0])
+    return ""

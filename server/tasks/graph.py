@@ -1,0 +1,255 @@
+"""Build the three functions of a task from a Keras model, its objective and its rule.
+
+    train(x…, y, sample_weight, rows, learning_rate, proximal_mu, clip_norm, r…, w…, o…, a…)
+        -> loss[1], sums, counts, w…, o…
+    evaluate(x…, y, sample_weight, w…) -> sums, counts
+    infer(x…, w…) -> output
+
+State goes in and comes out: the graph holds no weights, except those of frozen layers.
+Every scalar has shape [1] (a scalar of rank 0 crashes LiteRT on aarch64), and every
+batch is static (much of TensorFlow Lite lowers only then).
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import tensorflow as tf
+
+from broker_bridge.errors import LocalError
+from broker_bridge.task.taskfile import Noise, Slot
+from broker_bridge.wire.weights import TensorSpec
+from server.tasks.gradients import builtin_gradients
+from server.tasks.objectives import Objective
+from server.tasks.optimisers import Rule
+from server.tasks.tracing import NoiseFeed, call, convertible
+
+__all__ = ["Graph", "graph_of"]
+
+
+@dataclass(frozen=True)
+class Graph:
+    """The traced functions, and what they take: see the task header for each field."""
+
+    functions: dict[str, Any]
+    weights: tuple[TensorSpec, ...]
+    initial: dict[str, Any]
+    trainable_count: int
+    noise: tuple[Noise, ...]
+    slots: tuple[Slot, ...]
+
+
+class _Builder:
+    """Holds what the three functions share while they are traced."""
+
+    def __init__(
+        self, model: Any, objective: Objective, rule: Rule, inputs: tuple[TensorSpec, ...]
+    ) -> None:
+        self.model = model
+        self.objective = objective
+        self.rule = rule
+        self.inputs = inputs
+        self.trainable = list(model.trainable_variables)
+        self.others = list(model.non_trainable_variables)
+        self._frozen = [v.numpy() for v in self.others]
+        # Filled by `probe`: the places, in `others`, of statistics that training changes.
+        self.moving: list[int] = []
+        self.noise: tuple[Noise, ...] = ()
+
+    def probe(self, batch_size: int) -> None:
+        """Trace once to see which statistics change and which random numbers are wanted."""
+
+        def forward(*inputs: Any) -> Any:
+            feed = NoiseFeed()
+            before = [tf.convert_to_tensor(v.value) for v in self.others]
+            trainable = [tf.convert_to_tensor(v.value) for v in self.trainable]
+            with convertible(self.model, feed):
+                output, after, _ = call(
+                    self.model, trainable, before, list(inputs), training=True
+                )
+            self.moving = [
+                i for i, (old, new) in enumerate(zip(before, after, strict=True)) if old is not new
+            ]
+            self.noise = tuple(feed.wanted)
+            return output
+
+        tf.function(forward).get_concrete_function(*self._input_specs(batch_size))
+        for i in self.moving:
+            if self.others[i].dtype != "float32":
+                raise LocalError(
+                    f"the state {self.others[i].path} is {self.others[i].dtype}: what training "
+                    "changes must be float32, so that devices' values can be averaged"
+                )
+
+    @property
+    def travelling(self) -> list[Any]:
+        return [*self.trainable, *(self.others[i] for i in self.moving)]
+
+    def split(self, weights: list[Any]) -> tuple[list[Any], list[Any]]:
+        """Return (trainable, all non-trainable): frozen ones as constants."""
+        count = len(self.trainable)
+        others = [tf.constant(value) for value in self._frozen]
+        for place, value in zip(self.moving, weights[count:], strict=True):
+            others[place] = value
+        return weights[:count], others
+
+    def train(self, batch_size: int) -> Any:
+        weights = _specs("w", [(tuple(v.shape), "float32") for v in self.travelling])
+        slots = _specs("o", [(s.tensor.shape, "float32") for s in self.slots()])
+        noise = _specs("r", [(n.shape, "float32") for n in self.noise])
+        anchors = _specs("a", [(tuple(v.shape), "float32") for v in self.trainable])
+        arguments = self._batch_specs(batch_size) | {
+            name: tf.TensorSpec([1], tf.float32, name)
+            for name in ("rows", "learning_rate", "proximal_mu", "clip_norm")
+        }
+
+        def train(**feed: Any) -> dict[str, Any]:
+            with builtin_gradients():
+                return self._step(feed)
+
+        arguments = arguments | noise | weights | slots | anchors
+        return tf.function(train).get_concrete_function(**arguments)
+
+    def _step(self, feed: dict[str, Any]) -> dict[str, Any]:
+        weights, others = self.split(_take(feed, "w"))
+        present = _present(feed)
+        with convertible(self.model, NoiseFeed(_take(feed, "r")), present=present):
+            output, after, penalties = call(
+                self.model, weights, others, _take(feed, "x"), training=True
+            )
+            sums, counts = self.objective.sums(feed["y"], output, feed["sample_weight"])
+            loss = self.objective.batch_loss(feed["y"], output, feed["sample_weight"], present)
+        loss = tf.add_n([loss, *map(tf.reduce_sum, penalties)])
+        gradients = self._gradients(loss, weights)
+        gradients = _clipped(gradients, feed["clip_norm"])
+        gradients = [
+            g + (w - a) * feed["proximal_mu"]
+            for g, w, a in zip(gradients, weights, _take(feed, "a"), strict=True)
+        ]
+        weights, slots = self.rule.apply(
+            weights, gradients, _take(feed, "o"), feed["learning_rate"]
+        )
+        statistics = [after[i] for i in self.moving]
+        new = {f"w{i}": value for i, value in enumerate([*weights, *statistics])}
+        new |= {f"o{i}": value for i, value in enumerate(slots)}
+        return {"loss": tf.reshape(loss, [1]), "sums": sums, "counts": counts} | new
+
+    def _gradients(self, loss: Any, weights: list[Any]) -> list[Any]:
+        gradients = tf.gradients(loss, weights)
+        for variable, gradient in zip(self.trainable, gradients, strict=True):
+            if gradient is None:
+                raise LocalError(
+                    f"the loss does not depend on the weight {variable.path}: set "
+                    "trainable = False on its layer, or remove it"
+                )
+        return [tf.convert_to_tensor(g) for g in gradients]    # sparse ones become dense
+
+    def evaluate(self, batch_size: int) -> Any:
+        weights = _specs("w", [(tuple(v.shape), "float32") for v in self.travelling])
+
+        def evaluate(**feed: Any) -> dict[str, Any]:
+            trainable, others = self.split(_take(feed, "w"))
+            with convertible(self.model, NoiseFeed()):
+                output, _, penalties = call(
+                    self.model, trainable, others, _take(feed, "x"), training=False
+                )
+                sums, counts = self.objective.sums(feed["y"], output, feed["sample_weight"])
+            if penalties:
+                penalty = tf.add_n([tf.reduce_sum(p) for p in penalties]) * counts[0]
+                sums = tf.concat([[sums[0] + penalty], sums[1:]], 0)
+            return {"sums": sums, "counts": counts}
+
+        arguments = self._batch_specs(batch_size) | weights
+        return tf.function(evaluate).get_concrete_function(**arguments)
+
+    def infer(self, batch_size: int) -> Any:
+        weights = _specs("w", [(tuple(v.shape), "float32") for v in self.travelling])
+
+        def infer(**feed: Any) -> dict[str, Any]:
+            trainable, others = self.split(_take(feed, "w"))
+            with convertible(self.model, NoiseFeed()):
+                output, _, _ = call(
+                    self.model, trainable, others, _take(feed, "x"), training=False
+                )
+            return {"output": tf.identity(output)}
+
+        inputs = {spec.name: spec for spec in self._input_specs(batch_size)}
+        return tf.function(infer).get_concrete_function(**inputs, **weights)
+
+    def slots(self) -> tuple[Slot, ...]:
+        """Return the optimiser's tensors, weight by weight, then the step counter."""
+        slots = [
+            Slot(TensorSpec(f"{v.path}/{name}", "float32", tuple(v.shape)), self.rule.initial)
+            for v in self.trainable
+            for name in self.rule.slots
+        ]
+        if self.rule.counts_steps:
+            slots.append(Slot(TensorSpec("steps", "float32", (1,))))
+        return tuple(slots)
+
+    def _input_specs(self, batch_size: int) -> list[Any]:
+        return [
+            tf.TensorSpec([batch_size, *spec.shape], spec.dtype, f"x{i}")
+            for i, spec in enumerate(self.inputs)
+        ]
+
+    def _batch_specs(self, batch_size: int) -> dict[str, Any]:
+        label = self.objective.label
+        specs = {spec.name: spec for spec in self._input_specs(batch_size)}
+        specs["y"] = tf.TensorSpec([batch_size, *label.shape], label.dtype, "y")
+        specs["sample_weight"] = tf.TensorSpec([batch_size], tf.float32, "sample_weight")
+        return specs
+
+
+def graph_of(
+    model: Any,
+    objective: Objective,
+    rule: Rule,
+    inputs: tuple[TensorSpec, ...],
+    *,
+    batch_size: int,
+    evaluation_batch_size: int,
+) -> Graph:
+    """Trace the three functions. Raises LocalError for a model that cannot be trained."""
+    builder = _Builder(model, objective, rule, inputs)
+    builder.probe(batch_size)
+    functions = {
+        "train": builder.train(batch_size),
+        "evaluate": builder.evaluate(evaluation_batch_size),
+        "infer": builder.infer(evaluation_batch_size),
+    }
+    initial = {v.path: v.numpy() for v in builder.travelling}
+    specs = tuple(TensorSpec(name, "float32", a.shape) for name, a in initial.items())
+    return Graph(
+        functions, specs, initial, len(builder.trainable), builder.noise, builder.slots()
+    )
+
+
+def _take(feed: dict[str, Any], letter: str) -> list[Any]:
+    """Return the arguments letter0, letter1, … in order."""
+    found: list[Any] = []
+    while f"{letter}{len(found)}" in feed:
+        found.append(feed[f"{letter}{len(found)}"])
+    return found
+
+
+def _specs(letter: str, shapes: list[tuple[tuple[int, ...], str]]) -> dict[str, Any]:
+    return {
+        f"{letter}{i}": tf.TensorSpec(shape, dtype, f"{letter}{i}")
+        for i, (shape, dtype) in enumerate(shapes)
+    }
+
+
+def _present(feed: dict[str, Any]) -> Any:
+    """Return [batch]: 1 for the first `rows` rows, 0 for those that fill up a short batch."""
+    size = feed["sample_weight"].shape[0]
+    counting = tf.range(size, dtype=tf.float32)
+    return tf.minimum(tf.maximum(feed["rows"] - counting, 0.0), 1.0)
+
+
+def _clipped(gradients: list[Any], bound: Any) -> list[Any]:
+    """Scale `gradients` to a global norm of at most `bound` [1]; 0 means no bound."""
+    norm = tf.sqrt(tf.add_n([tf.reduce_sum(g * g) for g in gradients]))
+    scale = tf.minimum(bound / tf.maximum(norm, 1e-12), 1.0)
+    on = tf.cast(tf.cast(bound, tf.bool), tf.float32)
+    scale = scale * on + (1.0 - on)
+    return [g * scale for g in gradients]
