@@ -27,15 +27,12 @@ from server.store.transaction import Transaction
 
 __all__ = ["Database"]
 
-_BUSY_TIMEOUT_S = 10
-
 # secure_delete: the bytes of a round key are overwritten when the key is removed.
 _PRAGMAS = (
     "journal_mode=WAL",
     "synchronous=FULL",
     "foreign_keys=ON",
     "secure_delete=ON",
-    f"busy_timeout={_BUSY_TIMEOUT_S * 1000}",
 )
 
 _ADVICE = {
@@ -51,12 +48,12 @@ _ADVICE = {
 class Database:
     """A database file (a path) or a database server (a URL with `://`)."""
 
-    def __init__(self, url_or_path: str | Path) -> None:
-        text = str(url_or_path)
-        if "://" in text:
-            self.where, self._engine = _connect_url(text)
-        else:
-            self.where, self._engine = text, _connect_file(Path(text))
+    def __init__(self, url_or_path: str | Path, *, busy_timeout_s: float = 10.0) -> None:
+        """Open it, and make it if there is none. Raises LocalError.
+
+        `busy_timeout_s`: how long to wait for another process that is writing.
+        """
+        self.where, self._engine = _connect(str(url_or_path), busy_timeout_s)
         try:
             with self.transaction() as tx:
                 self._prepare(tx)
@@ -127,16 +124,22 @@ def _explain(where: str, error: BaseException | None) -> LocalError:
     return LocalError(f"{where}: {_ADVICE.get(code, f'the database said: {error}')}")
 
 
-def _connect_url(text: str) -> tuple[str, Engine]:
+def _connect(text: str, busy_timeout_s: float) -> tuple[str, Engine]:
+    """What to call the database in sentences, and the way to it."""
+    if "://" not in text:
+        return text, _connect_file(Path(text), busy_timeout_s)
     try:
         url = make_url(text)
+        if url.get_backend_name() == "sqlite":  # the same file, with the same promises
+            path = url.database or ""
+            return path, _connect_file(Path(path), busy_timeout_s)
         # hide_parameters: errors are logged, and parameters hold keys.
         return url.render_as_string(hide_password=True), create_engine(url, hide_parameters=True)
     except (ArgumentError, ImportError) as error:
         raise LocalError(f"the database URL cannot be used: {error}") from None
 
 
-def _connect_file(path: Path) -> Engine:
+def _connect_file(path: Path, busy_timeout_s: float) -> Engine:
     with disk_errors(path):
         # Made before SQLite makes it, so that nobody else can ever read it; the files that
         # SQLite puts beside it get the same mode. A file that is there keeps its mode: it
@@ -145,7 +148,7 @@ def _connect_file(path: Path) -> Engine:
     sync_folder(path.absolute().parent)
     engine = create_engine(
         "sqlite://",
-        creator=lambda: _open_sqlite(path),
+        creator=lambda: _open_sqlite(path, busy_timeout_s),
         poolclass=QueuePool,
         hide_parameters=True,
     )
@@ -153,10 +156,10 @@ def _connect_file(path: Path) -> Engine:
     return engine
 
 
-def _open_sqlite(path: Path) -> sqlite3.Connection:
+def _open_sqlite(path: Path, busy_timeout_s: float) -> sqlite3.Connection:
     # isolation_level=None: the driver starts no transactions of its own; `_begin` does.
     connection = sqlite3.connect(
-        path, timeout=_BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False
+        path, timeout=busy_timeout_s, isolation_level=None, check_same_thread=False
     )
     for pragma in _PRAGMAS:
         connection.execute(f"PRAGMA {pragma}")
