@@ -58,6 +58,7 @@ from server.events import (
     Event,
     Inited,
     Joined,
+    MarkPaused,
     Opened,
     OpenRound,
     Publish,
@@ -194,8 +195,6 @@ class Coordinator:
         uploads: list[Upload],
         *,
         now_s: float,
-        target: int,
-        quorum: int,
         elapsed_s: float = 0.0,
         paused: bool = False,
     ) -> None:
@@ -204,7 +203,7 @@ class Coordinator:
         self.phase, self.detail = Phase.GATHERING, "going on after a restart"
         if opened is None:
             return
-        self._begin(opened, target=target, quorum=quorum)
+        self._begin(opened)
         assert self._round is not None  # noqa: S101 - _begin made it
         self._round.opened_s = now_s - min(elapsed_s, opened.announcement.deadline_s)
         for upload in uploads:
@@ -230,13 +229,13 @@ class Coordinator:
             case Seen(device, presence):
                 self._presence[device] = presence
                 return []
-            case Opened(announcement=announcement):
-                self._begin(event, target=announcement.target, quorum=announcement.quorum)
+            case Opened():
+                self._begin(event)
                 return []
             case Joined():
                 return self._joined(event)
-            case Inited(device, init):
-                return self._inited(device, init)
+            case Inited():
+                return self._inited(event)
             case Begun(upload, missing):
                 return self._begun(upload, missing)
             case Chunk(upload, missing):
@@ -266,7 +265,8 @@ class Coordinator:
                 if self.run is None:
                     return [_refusal(command, 'no run is open; send {"cmd":"start"} first')]
                 self.paused = command.cmd == "pause"
-                return [_answer(command, status=self.status())]
+                marked = MarkPaused(self.run, self.paused)
+                return [marked, _answer(command, status=self.status())]
 
     def _start(self, command: Command) -> list[Effect]:
         if self.run is not None:
@@ -338,15 +338,15 @@ class Coordinator:
         self.phase = Phase.OPENING
         return [OpenRound(run, target, quorum, online)]
 
-    def _begin(self, opened: Opened, *, target: int, quorum: int) -> None:
+    def _begin(self, opened: Opened) -> None:
         self.phase, self.detail = Phase.OPEN, f"round {opened.announcement.round} is open"
         self._by_upload.clear()
         self._round = _Round(
             announcement=opened.announcement,
             digest=opened.digest,
             update_bytes=opened.update_bytes,
-            target=target,
-            quorum=quorum,
+            target=opened.announcement.target,
+            quorum=opened.announcement.quorum,
             opened_s=self._now_s,
         )
 
@@ -391,10 +391,16 @@ class Coordinator:
         if place is None or place.init is not None:
             # A device that joins again after its commit has lost its outbox: a new attempt,
             # a new id, so that no key is used twice.
+            attempt = 0
             if place is not None:
+                attempt = place.attempt + 1
                 self._by_upload.pop(place.upload)
                 effects.append(Refuse(device, place.upload, "replaced by a new attempt"))
-            place = Upload(device, event.upload, self._packet_bytes(join))
+            if attempt >= len(event.uploads):
+                busy = Busy(round=join.round, retry_after_s=-1, reason="too many attempts")
+                return [*effects, Send(device, busy)]
+            size = self._packet_bytes(join)
+            place = Upload(device, event.uploads[attempt], size, attempt=attempt)
             this.uploads[device] = self._by_upload[place.upload] = place
         return [*effects, Send(device, self._go(this, place))]
 
@@ -435,13 +441,18 @@ class Coordinator:
 
     # ── uploads ─────────────────────────────────────────────────────────────────────────
 
-    def _inited(self, device: str, init: Init) -> list[Effect]:
+    def _inited(self, event: Inited) -> list[Effect]:
+        device, init = event.device, event.init
         try:
             this = self._current(init.round, init.announcement)
         except PeerError as error:
             late = Ack(round=init.round, upload=init.upload, status="late", reason=str(error))
             return [Send(device, late)]
         place = self._by_upload.get(init.upload)
+        if place is None and event.ours and device not in this.uploads:
+            # Let in before we were restarted: the id proves it.
+            place = Upload(device, init.upload, packet_bytes=0)
+            this.uploads[device] = self._by_upload[init.upload] = place
         if place is None or place.device != device:
             raise PeerError("unasked_upload", f"{device} sent an upload that nobody asked for")
         if place.status != "going":
@@ -465,8 +476,10 @@ class Coordinator:
                 "wrong_size",
                 f"{init.total_bytes} bytes; an update of this task has {this.update_bytes}",
             )
-        expected = init.layout.for_packets(init.total_bytes, place.packet_bytes)
-        if init.body_bytes != expected.body_bytes:
+        packet_bytes = place.packet_bytes or self.rules.packet_bytes_max
+        largest = init.layout.for_packets(init.total_bytes, packet_bytes).body_bytes
+        smallest = LIMITS.packet_bytes_min // 2 if place.packet_bytes == 0 else largest
+        if not smallest <= init.body_bytes <= largest:
             return "wrong_size", f"chunks of {init.body_bytes} bytes were not agreed on"
         return None
 

@@ -42,6 +42,7 @@ __all__ = [
     "Event",
     "Inited",
     "Joined",
+    "MarkPaused",
     "OpenRound",
     "Opened",
     "Publish",
@@ -100,6 +101,7 @@ class Upload:
     init: Init | None = None
     status: Literal["going", "accepting", "accepted", "rejected"] = "going"
     reason: str = ""
+    attempt: int = 0
 
 
 # ── Events ──────────────────────────────────────────────────────────────────────────────
@@ -145,19 +147,20 @@ class Opened:
 
 @dataclass(frozen=True)
 class Joined:
-    """A verified join. `upload` is a fresh random id to use if the device is let in."""
+    """A verified join. `uploads` are the ids this device may be given, one for each attempt."""
 
     device: str
     join: Join
-    upload: bytes
+    uploads: tuple[bytes, ...]
 
 
 @dataclass(frozen=True)
 class Inited:
-    """A verified commit."""
+    """A verified commit. `ours`: its upload id is one that we hand to this device in this round."""
 
     device: str
     init: Init
+    ours: bool = True
 
 
 @dataclass(frozen=True)
@@ -325,6 +328,14 @@ class Publish:
 
 
 @dataclass(frozen=True)
+class MarkPaused:
+    """Write down that the run is paused, or goes on."""
+
+    run: Run
+    paused: bool
+
+
+@dataclass(frozen=True)
 class EndRun:
     """Write down that the run is over."""
 
@@ -345,5 +356,6 @@ Effect = (
     | AbandonRound
     | Evaluate
     | Publish
+    | MarkPaused
     | EndRun
 )

@@ -1,0 +1,128 @@
+"""The server's settings: `midge.toml` in the fleet's folder, each overridable by an option."""
+
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+from broker_bridge.limits import LIMITS
+
+__all__ = ["EXAMPLE", "ServerConfig"]
+
+
+class _Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    pass
+
+
+class Broker(_Table, frozen=True, kw_only=True):
+    """Where the broker is, for the server and in the bundles of devices."""
+
+    host: str = "localhost"
+    port: Annotated[int, Meta(ge=1, le=65_535)] = 8883
+    keepalive_s: Annotated[int, Meta(ge=5, le=65_535)] = 30
+
+
+class Rounds(_Table, frozen=True, kw_only=True):
+    """How rounds go, unless the start says otherwise."""
+
+    target: Annotated[int, Meta(ge=0, le=1_000_000)] = 0
+    quorum: Annotated[int, Meta(ge=0, le=1_000_000)] = 0
+    deadline_s: Annotated[float, Meta(gt=0, le=1e7)] = 600.0
+    abandoned_max: Annotated[int, Meta(ge=1, le=1000)] = 3
+    evaluation_wait_s: Annotated[float, Meta(ge=0, le=3600)] = 60.0
+    delta_bound: Annotated[float, Meta(gt=0, le=1e9)] = 1000.0
+    weight_max: Annotated[int, Meta(ge=1, le=LIMITS.examples_max)] = 100_000
+    fraction_bits: Annotated[int, Meta(ge=8, le=40)] = 32
+
+
+class Training(_Table, frozen=True, kw_only=True):
+    """What devices do in a round; a setting left out is the task's own default."""
+
+    epochs: Annotated[int, Meta(ge=1, le=10_000)] | None = None
+    learning_rate: Annotated[float, Meta(gt=0, le=1e3)] | None = None
+    proximal_mu: Annotated[float, Meta(ge=0, le=1e6)] | None = None
+    clip_norm: Annotated[float, Meta(ge=0, le=1e9)] | None = None
+
+
+class Aggregation(_Table, frozen=True, kw_only=True):
+    """How the mean of the updates becomes the next model."""
+
+    optimiser: Literal["fedavg", "fedavgm", "fedadam", "fedyogi"] = "fedavg"
+    learning_rate: Annotated[float, Meta(gt=0, le=1e3)] = 1.0
+
+
+class Evaluation(_Table, frozen=True, kw_only=True):
+    """Held-out samples on the server; without them, devices in the role `evaluate` are asked."""
+
+    npz: str = ""
+
+
+class ServerConfig(_Table, frozen=True, kw_only=True):
+    """What may stand in `midge.toml`."""
+
+    federation: str = "demo"
+    tasks: tuple[str, ...] = ()
+    models_kept: Annotated[int, Meta(ge=1, le=1_000_000)] = 20
+    log: Literal["debug", "info", "warning", "error"] = "info"
+    broker: Broker = Broker()
+    rounds: Rounds = Rounds()
+    training: Training = Training()
+    aggregation: Aggregation = Aggregation()
+    evaluation: Evaluation = Evaluation()
+
+
+EXAMPLE = """\
+# midge: the settings of this federation. Remove the # to change one.
+
+federation = "{federation}"
+
+# Task files (made by `midge task build`) that a start may name. Those in the folder
+# tasks/ beside this file are found without being listed.
+# tasks = ["/path/to/my.task"]
+
+# How many versions of the model to keep on disk.
+# models_kept = 20
+
+# debug, info, warning or error
+# log = "info"
+
+[broker]
+# Where devices and server find the broker. The name must be in the broker's certificate.
+host = "{host}"
+port = {port}
+# keepalive_s = 30
+
+[rounds]
+# How many updates make a round; 0: one from each training device that is online.
+# target = 0
+# How many are enough at the deadline; 0: half of the target.
+# quorum = 0
+# deadline_s = 600.0
+# A run ends as failed after so many abandoned rounds in a row.
+# abandoned_max = 3
+# How long to wait for devices that evaluate.
+# evaluation_wait_s = 60.0
+# No update may be larger than this (L2 norm); devices scale theirs down to it.
+# delta_bound = 1000.0
+# No device counts for more examples than this.
+# weight_max = 100000
+# Updates are summed exactly, in steps of 2^-fraction_bits.
+# fraction_bits = 32
+
+[training]
+# What devices do in a round; a setting left out is the task's own default.
+# epochs = 1
+# learning_rate = 0.05
+# proximal_mu = 0.0
+# clip_norm = 0.0
+
+[aggregation]
+# fedavg, fedavgm, fedadam or fedyogi
+# optimiser = "fedavg"
+# learning_rate = 1.0
+
+[evaluation]
+# Held-out samples to measure each new model on, here on the server. Without them, devices
+# run with --role evaluate measure it on their own data.
+# npz = "held-out.npz"
+"""

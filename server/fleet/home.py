@@ -1,0 +1,196 @@
+"""The fleet's folder: what `midge init` makes and every other command finds.
+
+    midge.toml            settings
+    offline/root.json     the federation's root key, for a drawer; devices pin its public half
+    keys/server.json      the server's own keys and the fleet key
+    ca/                   the private CA that certifies broker, server, operator and devices
+    broker/               what the broker needs: certificate, key, CA
+    server/ operator/     client certificates for the two commands that talk to the broker
+    bundles/              one file for each device that was added
+    tasks/                task files
+    state/                database, models, spool
+
+Every secret is in a file that its owner alone can read.
+"""
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import msgspec
+
+from broker_bridge.config import load_config
+from broker_bridge.disk import disk_errors, write_atomic
+from broker_bridge.errors import LocalError
+from broker_bridge.link.tls import TlsFiles
+from broker_bridge.wire.enrolment import sign_server_identity
+from broker_bridge.wire.envelope import KEY_BYTES, KemKey, SignKey, random_bytes
+from broker_bridge.wire.messages import ServerIdentity
+from broker_bridge.wire.topics import is_name
+from server.config import EXAMPLE, ServerConfig
+from server.fleet.authority import Authority, Issued, write_private, write_public
+
+__all__ = ["Home", "ServerKeys", "create"]
+
+
+class RootKey(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The federation's root of trust."""
+
+    warning: str = "Keep this file off line. Who has it can replace the server's identity."
+    federation: str
+    seed: bytes
+
+    def __repr__(self) -> str:
+        return f"RootKey({self.federation})"
+
+
+class ServerKeys(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The server's secrets. `repr` shows none."""
+
+    federation: str
+    sign_seed: bytes
+    kem_seed: bytes
+    root_public: bytes
+    identity: bytes  # the signed ServerIdentity
+    fleet_epoch: int
+    fleet_key: bytes
+
+    def __repr__(self) -> str:
+        return f"ServerKeys({self.federation})"
+
+    @property
+    def sign(self) -> SignKey:
+        """Signs announcements, answers and receipts."""
+        return SignKey.from_seed(self.sign_seed)
+
+    @property
+    def kem(self) -> KemKey:
+        """Receives enrolments."""
+        return KemKey.from_seed(self.kem_seed)
+
+
+@dataclass(frozen=True)
+class Home:
+    """A fleet's folder."""
+
+    folder: Path
+
+    @classmethod
+    def find(cls, folder: Path) -> "Home":
+        """The fleet in `folder`. Raises LocalError if there is none."""
+        if not (folder / "midge.toml").is_file():
+            raise LocalError(
+                f"{folder} holds no fleet; make one with `midge init {folder}`, or say --dir"
+            )
+        return cls(folder)
+
+    def config(self, path: Path | None = None) -> ServerConfig:
+        """The settings. Raises LocalError."""
+        return load_config(path or self.folder / "midge.toml", ServerConfig)
+
+    def keys(self) -> ServerKeys:
+        """The server's keys. Raises LocalError."""
+        return _read(self.folder / "keys" / "server.json", ServerKeys)
+
+    def authority(self) -> Authority:
+        """The private CA. Raises LocalError."""
+        with disk_errors(self.folder / "ca"):
+            certificate = (self.folder / "ca" / "ca.pem").read_bytes()
+            key = (self.folder / "ca" / "ca-key.pem").read_bytes()
+        return Authority.load(certificate, key)
+
+    def tls(self, who: str) -> TlsFiles:
+        """The client certificate of `server` or `operator`."""
+        return TlsFiles(
+            self.folder / "ca" / "ca.pem",
+            self.folder / who / "client.pem",
+            self.folder / who / "client-key.pem",
+        )
+
+    @property
+    def broker(self) -> Path:
+        """What the broker needs."""
+        return self.folder / "broker"
+
+    @property
+    def state(self) -> Path:
+        """Database, models and spool."""
+        return self.folder / "state"
+
+    @property
+    def database(self) -> Path:
+        """The database's file."""
+        return self.state / "midge.db"
+
+    def bundle(self, device: str) -> Path:
+        """Where the bundle of `device` is, or would be."""
+        return self.folder / "bundles" / f"{device}.bundle"
+
+
+def create(folder: Path, *, federation: str, hosts: list[str], port: int) -> Home:
+    """Make a fleet in `folder`, which must be new or empty. Raises LocalError."""
+    if not is_name(federation):
+        raise LocalError(
+            f"{federation!r} cannot name a federation: use a-z, 0-9 and - (at most 40 characters)"
+        )
+    if folder.exists() and any(folder.iterdir()):
+        raise LocalError(f"{folder} is not empty; choose a new folder, nothing was changed")
+    names = ("offline", "keys", "ca", "broker", "server", "operator", "bundles", "tasks", "state")
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        for name in names:
+            (folder / name).mkdir(mode=0o700)
+    _make_keys(folder, federation)
+    _make_certificates(folder, federation, hosts)
+    # Last: a folder without it is not a fleet, so an interrupted init can be seen.
+    text = EXAMPLE.format(federation=federation, host=hosts[0], port=port)
+    write_atomic(folder / "midge.toml", text.encode(), mode=0o644)
+    return Home(folder)
+
+
+def _make_keys(folder: Path, federation: str) -> None:
+    root = RootKey(federation=federation, seed=random_bytes(KEY_BYTES))
+    root_key = SignKey.from_seed(root.seed)
+    sign, kem = random_bytes(KEY_BYTES), random_bytes(KEY_BYTES)
+    identity = ServerIdentity(
+        federation=federation,
+        sign_public=SignKey.from_seed(sign).public,
+        kem_public=KemKey.from_seed(kem).public,
+        issued_at=datetime.now(UTC).timestamp(),
+    )
+    keys = ServerKeys(
+        federation=federation,
+        sign_seed=sign,
+        kem_seed=kem,
+        root_public=root_key.public,
+        identity=sign_server_identity(root_key, identity),
+        fleet_epoch=1,
+        fleet_key=random_bytes(KEY_BYTES),
+    )
+    write_atomic(folder / "offline" / "root.json", msgspec.json.encode(root))
+    write_atomic(folder / "keys" / "server.json", msgspec.json.encode(keys))
+
+
+def _make_certificates(folder: Path, federation: str, hosts: list[str]) -> None:
+    now = datetime.now(UTC)
+    ca = Authority.create(f"midge {federation}", now=now)
+    write_public(folder / "ca" / "ca.pem", ca.certificate)
+    write_private(folder / "ca" / "ca-key.pem", ca.key)
+    write_public(folder / "broker" / "ca.pem", ca.certificate)
+    _write(folder / "broker", "broker", ca.issue_for_broker(hosts, now=now))
+    _write(folder / "server", "client", ca.issue_for_server(now=now))
+    _write(folder / "operator", "client", ca.issue_for_operator(now=now))
+
+
+def _write(folder: Path, name: str, issued: Issued) -> None:
+    write_public(folder / f"{name}.pem", issued.certificate)
+    write_private(folder / f"{name}-key.pem", issued.key)
+
+
+def _read(path: Path, kind: type[ServerKeys]) -> ServerKeys:
+    with disk_errors(path):
+        data = path.read_bytes()
+    try:
+        return msgspec.json.decode(data, type=kind)
+    except msgspec.MsgspecError as error:
+        raise LocalError(f"{path} is damaged ({error}); restore it from a backup") from None

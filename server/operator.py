@@ -1,0 +1,63 @@
+"""The operator's side of the control topics: ask the server, and watch it.
+
+Whatever is done here can be done with `mosquitto_pub` and `mosquitto_sub` as well.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+
+from broker_bridge.errors import LinkError, PeerError
+from broker_bridge.link.base import Message
+from broker_bridge.link.paho_link import PahoLink
+from broker_bridge.link.tls import TlsFiles
+from broker_bridge.wire import messages
+from broker_bridge.wire.envelope import random_bytes
+from broker_bridge.wire.messages import Command, Reply
+from broker_bridge.wire.topics import OPERATOR, Topics
+
+__all__ = ["Operator"]
+
+
+class Operator:
+    """A connection with the operator's certificate. Leaves nothing behind on the broker."""
+
+    def __init__(self, host: str, port: int, *, federation: str, tls: TlsFiles) -> None:
+        """Connect. Raises LinkError with a sentence when the broker cannot be reached."""
+        self._topics = Topics(federation)
+        name = f"{OPERATOR}-{random_bytes(4).hex()}"
+        self._link = PahoLink.open(host, port, client_id=name, tls=tls, session_s=0, wait_s=5.0)
+
+    def ask(self, command: Command, *, wait_s: float = 10.0) -> Reply:
+        """Publish a command and return the server's reply to it.
+
+        Raises LinkError when none comes: the server is not running, most likely.
+        """
+        self._link.subscribe([self._topics.ctl_reply])
+        self._link.publish(self._topics.ctl, messages.encode_json(command))
+        until = time.monotonic() + wait_s
+        while (left := until - time.monotonic()) > 0:
+            event = self._link.receive(left)
+            if not isinstance(event, Message):
+                continue
+            self._link.ack(event)
+            try:
+                reply = messages.decode_json(event.payload, Reply)
+            except PeerError:
+                continue
+            if reply.id == command.id:
+                return reply
+        raise LinkError("the broker answers, but the server does not; start it with `midge server`")
+
+    def watch(self, stopped: Callable[[], bool]) -> Iterator[tuple[str, bytes]]:
+        """Yield (topic, payload) of presence and metrics as they come."""
+        topics = self._topics
+        self._link.subscribe([topics.srv, topics.metrics, topics.all_states])
+        while not stopped():
+            event = self._link.receive(0.5)
+            if isinstance(event, Message):
+                self._link.ack(event)
+                yield event.topic, event.payload
+
+    def close(self) -> None:
+        """Say goodbye."""
+        self._link.close()

@@ -1,0 +1,394 @@
+"""The server's loop: receive, step, perform. It holds no rules about rounds.
+
+One thread owns the link, the ledger and the coordinator. What a message says is
+believed only after its signature was verified, here. Whatever arrives, the loop goes
+on: a message that is wrong is dropped and counted by reason.
+"""
+
+import logging
+import queue
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import Literal
+
+from broker_bridge.errors import LinkError, LocalError, PeerError
+from broker_bridge.limits import LIMITS
+from broker_bridge.link.base import Connected, Disconnected, Link, LinkEvent, Message
+from broker_bridge.wire import blobs, messages
+from broker_bridge.wire.messages import (
+    Ack,
+    Busy,
+    Command,
+    Go,
+    Init,
+    Join,
+    Need,
+    NeedBlob,
+    Presence,
+    Reply,
+    Report,
+    RoundSummary,
+)
+from broker_bridge.wire.topics import DeviceState, Topics, UpTopic
+from server import events as ev
+from server.coordinator import Coordinator
+from server.evaluation import Evaluator
+from server.fleet.enrolment import Registrar
+from server.ledger import Ledger
+from server.store import rows
+
+__all__ = ["Service"]
+
+log = logging.getLogger("midge.server")
+
+_COMMIT_MAX = 64  # updates that share one fsync
+_REPEAT_BLOB_S = 5.0  # a blob that many devices miss is retained again once, not for each
+_REJECTS_KINDS_MAX = 200
+_UP = {"join": Join, "init": Init, "need": NeedBlob, "report": Report}
+
+
+class Service:
+    """One federation's server at work."""
+
+    def __init__(
+        self,
+        link: Link,
+        ledger: Ledger,
+        coordinator: Coordinator,
+        registrar: Registrar,
+        *,
+        evaluation_npz: str = "",
+        shard: int = 0,
+        clock: Callable[[], float] = time.monotonic,
+        on_summary: Callable[[RoundSummary], None] = lambda _: None,
+    ) -> None:
+        self._link = link
+        self._ledger = ledger
+        self._coordinator = coordinator
+        self._registrar = registrar
+        self._evaluation_npz = evaluation_npz
+        self._shard = shard
+        self._clock = clock
+        self._on_summary = on_summary
+        self._topics = Topics(coordinator.federation)
+        self._evaluator: Evaluator | None = None
+        self._to_accept: list[ev.Accept] = []
+        self._results: queue.SimpleQueue[ev.Event] = queue.SimpleQueue()
+        self._blob_at: dict[str, float] = {}
+        self._retained: dict[str, int] = {}
+
+    # ── the loop ────────────────────────────────────────────────────────────────────────
+
+    def run(self, stopped: Callable[[], bool]) -> None:
+        """Serve until `stopped` says so. Raises LocalError, LinkError."""
+        self.begin()
+        while not stopped():
+            self.turn(self._link.receive(timeout_s=0.25))
+        self._show_presence("offline")
+
+    def begin(self) -> None:
+        """Take up what was open, and listen."""
+        self._restore()
+        self._link.subscribe(
+            [self._topics.ctl, self._topics.all_states, self._topics.all_up(self._shard)]
+        )
+        self._show_presence("online")
+
+    def turn(self, event: LinkEvent | None) -> None:
+        """One turn: what came over the link, what was measured, and the time."""
+        self._handle([ev.Tick(self._clock())])
+        waiting = event
+        taken = 0
+        while waiting is not None:
+            self._take(waiting)
+            taken += 1
+            # Take what is already here before committing: many updates share one fsync.
+            waiting = self._link.receive(timeout_s=0) if taken < LIMITS.inflight_max else None
+        while not self._results.empty():
+            self._handle([self._results.get()])
+        self._accept()
+
+    def _take(self, event: LinkEvent) -> None:
+        match event:
+            case Connected(limits):
+                log.info("connected to the broker")
+                self._ledger.packet_bytes = min(LIMITS.packet_bytes_max, limits.packet_bytes_max)
+            case Disconnected(reason):
+                log.warning("connection lost: %s", reason)
+            case Message():
+                try:
+                    self._handle(self._understand(event))
+                except PeerError as error:
+                    self._count(error, event.topic)
+                self._link.ack(event)
+                if len(self._to_accept) >= _COMMIT_MAX:
+                    self._accept()
+
+    def _handle(self, happened: Iterable[ev.Event]) -> None:
+        todo = deque(happened)
+        while todo:
+            for effect in self._coordinator.step(todo.popleft()):
+                todo.extend(self._perform(effect))
+
+    def _count(self, error: PeerError, topic: str) -> None:
+        rejects = self._coordinator.rejects
+        reason = error.reason if len(rejects) < _REJECTS_KINDS_MAX else "other"
+        rejects[reason] += 1
+        log.info("dropped a message on %s: %s", topic, error)
+
+    def _accept(self) -> None:
+        """Commit the complete updates that came in together, then say so."""
+        while self._to_accept:
+            batch, self._to_accept = self._to_accept, []
+            results = self._ledger.accept(batch)
+            self._handle([ev.Tick(self._clock()), *results])
+
+    # ── what a message says ─────────────────────────────────────────────────────────────
+
+    def _understand(self, message: Message) -> list[ev.Event]:
+        match self._topics.parse(message.topic):
+            case "ctl":
+                return self._command(message)
+            case DeviceState(device):
+                return self._presence(device, message.payload)
+            case UpTopic(device=device, kind="data"):
+                upload, missing = self._ledger.put_chunk(device, message.payload)
+                return [ev.Chunk(upload, missing)]
+            case UpTopic(device=device, kind="enrol"):
+                answer = self._registrar.answer(device, message.payload)
+                self._publish(self._topics.down(device, "cfg"), answer)
+                log.info("enrolment of %s answered", device)
+                return []
+            case UpTopic(device=device, kind=kind):
+                return self._signed(device, kind, message.payload)
+        return []
+
+    def _signed(self, device: str, kind: str, payload: bytes) -> list[ev.Event]:
+        row = self._device(device)
+        scope = f"{self._coordinator.federation}/{device}"
+        said = messages.opened(row.sign_public, kind, scope, payload, _UP[kind])
+        match said:
+            case Join():
+                return [ev.Joined(device, said, self._upload_ids(device))]
+            case Init():
+                return [ev.Inited(device, said, said.upload in self._upload_ids(device))]
+            case NeedBlob():
+                self._repeat_blob(said)
+            case Report():
+                return [ev.Reported(device, said)]
+        return []
+
+    def _upload_ids(self, device: str) -> tuple[bytes, ...]:
+        return self._ledger.upload_ids(device) if self._ledger.has_open_round else ()
+
+    def _device(self, name: str) -> rows.Device:
+        with self._ledger.db.reading() as tx:
+            device = tx.device(name)
+        if device is None:
+            raise PeerError("unknown_device", f"no device {name!r} is enrolled")
+        if device.status != "enrolled":
+            raise PeerError("revoked_device", f"the device {name!r} is {device.status}")
+        return device
+
+    def _presence(self, device: str, payload: bytes) -> list[ev.Event]:
+        if not payload:
+            return []
+        presence = messages.decode_json(payload, Presence)
+        self._device(device)
+        return [ev.Seen(device, presence)]
+
+    def _command(self, message: Message) -> list[ev.Event]:
+        if message.retained:
+            raise PeerError("retained_command", "a retained command would start again by itself")
+        try:
+            command = messages.decode_json(message.payload, Command)
+        except PeerError as error:
+            self._respond(Reply(ok=False, error=_how_to_command(error)))
+            raise
+        if command.id is not None and command.cmd != "status":
+            with self._ledger.db.reading() as tx:
+                answered = tx.reply_to(command.id)
+            if answered is not None:
+                self._publish(self._topics.ctl_reply, answered.encode())
+                return []
+        return [ev.Commanded(command)]
+
+    # ── what is to be done ──────────────────────────────────────────────────────────────
+
+    def _perform(self, effect: ev.Effect) -> list[ev.Event]:
+        match effect:
+            case ev.Send(device, message):
+                self._send(device, message)
+            case ev.BeginUpload(device, init):
+                return self._begin_upload(device, init)
+            case ev.Accept():
+                self._to_accept.append(effect)
+            case ev.Refuse(device, upload, reason):
+                self._ledger.refuse(device, upload, reason)
+            case ev.Respond(reply):
+                self._respond(reply)
+            case ev.StartRun(command, run):
+                return self._start_run(command, run)
+            case ev.OpenRound():
+                return self._open_round(effect)
+            case ev.CloseRound(summary):
+                return self._close_round(summary)
+            case ev.AbandonRound(summary):
+                self._announce(self._ledger.abandon_round(summary))
+            case ev.Evaluate(version):
+                self._evaluate(version)
+            case ev.Publish(summary):
+                self._publish_summary(summary)
+            case ev.MarkPaused(run, paused):
+                self._ledger.mark_paused(run.id, paused)
+            case ev.EndRun(run, status, reason):
+                log.info("run %d %s: %s", run.id, status, reason)
+                self._ledger.end_run(run.id, status, reason)
+        return []
+
+    def _send(self, device: str, message: Go | Busy | Need | Ack) -> None:
+        kind = {"Go": "go", "Busy": "go", "Need": "need", "Ack": "ack"}[type(message).__name__]
+        scope = f"{self._coordinator.federation}/{device}"
+        signed = messages.signed(self._ledger.keys.sign, kind, scope, message)
+        self._publish(self._topics.down(device, kind), signed)
+
+    def _begin_upload(self, device: str, init: Init) -> list[ev.Event]:
+        try:
+            missing = self._ledger.begin_upload(self._device(device), init)
+        except LocalError as error:
+            log.error("cannot take an upload: %s", error)
+            return []  # the device asks again after a silence
+        return [ev.Begun(init.upload, missing)]
+
+    def _start_run(self, command: Command, run: ev.Run) -> list[ev.Event]:
+        try:
+            started = self._ledger.start(run)
+            self._evaluator = self._make_evaluator()
+        except LocalError as error:
+            self._respond(Reply(ok=False, cmd="start", id=command.id, error=str(error)))
+            return []
+        log.info("run %d of task %s started", started.id, started.task)
+        self._respond(Reply(ok=True, cmd="start", id=command.id, status={"run": started.id}))
+        self._retain("task")
+        self._retain("model")
+        return [ev.Started(started)]
+
+    def _make_evaluator(self) -> Evaluator | None:
+        if not self._evaluation_npz or self._ledger.task is None:
+            return None
+        return Evaluator(self._ledger.task.plan, self._evaluation_npz)
+
+    def _open_round(self, effect: ev.OpenRound) -> list[ev.Event]:
+        opened, signed = self._ledger.open_round(effect)
+        log.info("round %d is open for %d updates", opened.announcement.round, effect.target)
+        self._announce(signed)
+        return [opened]
+
+    def _close_round(self, summary: RoundSummary) -> list[ev.Event]:
+        version, signed = self._ledger.close_round(summary)
+        self._retain("model")
+        self._announce(signed)
+        return [ev.Tick(self._clock()), ev.Closed(version, self._evaluator is not None)]
+
+    def _evaluate(self, version: int) -> None:
+        assert self._evaluator is not None  # noqa: S101 - asked only of a server that has one
+
+        def done(found: ev.Evaluated) -> None:
+            self._results.put(found)
+            self._link.wake()
+
+        self._evaluator.start(version, self._ledger.model, done)
+
+    def _publish_summary(self, summary: RoundSummary) -> None:
+        log.info(
+            "round %d %s: %d updates, model %d %s %s",
+            summary.round, summary.state, summary.accepted, summary.model_version,
+            summary.evaluation or "", summary.reason,
+        )  # fmt: skip
+        if summary.evaluation:
+            self._ledger.measured(summary)
+        self._publish(self._topics.metrics, messages.encode_json(summary), retain=True)
+        self._on_summary(summary)
+
+    def _respond(self, reply: Reply) -> None:
+        if reply.status is not None:
+            reply = Reply(
+                ok=reply.ok, cmd=reply.cmd, id=reply.id, error=reply.error,
+                status=reply.status | {"model_version": self._ledger.model_version},
+            )  # fmt: skip
+        data = messages.encode_json(reply)
+        if reply.id is not None and reply.cmd != "status":
+            with self._ledger.db.transaction() as tx:
+                tx.remember_reply(reply.id, data.decode())
+        self._publish(self._topics.ctl_reply, data)
+
+    # ── what lies on the broker ─────────────────────────────────────────────────────────
+
+    def _announce(self, signed: bytes) -> None:
+        self._publish(self._topics.round, signed, retain=True)
+
+    def _retain(self, kind: Literal["task", "model"]) -> None:
+        """Lay the task or the model on the broker, and clear what an older one left behind."""
+        task = self._ledger.task
+        if task is None:
+            return
+        content = task.plan_bytes if kind == "task" else self._ledger.model_bytes
+        blob = self._ledger.task_blob() if kind == "task" else self._ledger.model_blob()
+        topic = self._topics.task if kind == "task" else self._topics.model
+        chunks = blobs.seal_blob(content, blob, fleet_key=self._ledger.keys.fleet_key)
+        count = 0
+        for count, chunk in enumerate(chunks, start=1):
+            self._publish(topic(count - 1), chunk, retain=True)
+        for index in range(count, self._retained.get(kind, count)):
+            self._publish(topic(index), b"", retain=True)
+        self._retained[kind] = count
+        self._blob_at[kind] = self._clock()
+
+    def _repeat_blob(self, need: NeedBlob) -> None:
+        if self._ledger.task is None:
+            raise PeerError("no_open_round", "there is no task to send")
+        blob = self._ledger.task_blob() if need.kind == "task" else self._ledger.model_blob()
+        if blob.digest != need.digest:
+            raise PeerError("other_round", f"a {need.kind} that is not the present one")
+        if self._clock() - self._blob_at.get(need.kind, -_REPEAT_BLOB_S) >= _REPEAT_BLOB_S:
+            self._retain(need.kind)
+
+    def _publish(self, topic: str, payload: bytes, *, retain: bool = False) -> None:
+        try:
+            self._link.publish(topic, payload, retain=retain)
+        except LinkError as error:
+            log.warning("not sent: %s", error)  # devices ask again after a silence
+
+    def _show_presence(self, state: str) -> None:
+        self._publish(self._topics.srv, presence(state), retain=True)
+        log.info("the server is %s", state)
+
+    # ── coming back ─────────────────────────────────────────────────────────────────────
+
+    def _restore(self) -> None:
+        found = self._ledger.restore()
+        if found is None:
+            return
+        log.info("going on with run %d of task %s", found.run.id, found.run.task)
+        self._coordinator.restore(
+            found.run, found.opened, found.uploads, now_s=self._clock(),
+            elapsed_s=found.elapsed_s, paused=found.paused,
+        )  # fmt: skip
+        self._evaluator = self._make_evaluator()
+        self._retain("task")
+        self._retain("model")
+        if found.opened is not None:
+            self._announce(self._ledger.sign(found.opened.announcement))
+
+
+def presence(state: str) -> bytes:
+    """What lies on the server's presence topic; also its last will."""
+    return b'{"v":1,"state":"%s"}' % state.encode()
+
+
+def _how_to_command(error: PeerError) -> str:
+    return (
+        f"not a command ({error}); send JSON such as "
+        '{"cmd":"start","task":"wearables","rounds":10}, or cmd stop, pause, resume, status'
+    )
