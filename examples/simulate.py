@@ -1,0 +1,119 @@
+"""Train an example as a fleet would, but in one process: no broker, no encryption.
+
+    python -m examples.simulate wearables
+
+prints the accuracy of federated averaging (McMahan et al. 2017, weighted by examples),
+of each device alone, and of all data pooled, on data that no device trained on.
+"""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from broker_bridge.task.runtime import TaskRuntime
+from broker_bridge.task.samples import Samples
+from broker_bridge.task.taskfile import Training, decode_task
+from device_client.data import load_samples
+from device_client.trainer import Trainer
+
+Weights = Mapping[str, NDArray[Any]]
+
+_HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """Who trains, and what the result is tested on."""
+
+    devices: tuple[str, ...]
+    test: str
+    rounds: int
+
+
+def _person(number: int) -> str:
+    return f"{_HERE}/wearables/source.py:person?id={number}"
+
+
+def wearables(held_out: str = "9,10") -> Fleet:
+    """Eight people train; the other two are strangers to the model."""
+    strangers = {int(text) for text in held_out.split(",")}
+    devices = tuple(_person(n) for n in range(1, 11) if n not in strangers)
+    return Fleet(devices, f"{_HERE}/wearables/source.py:people?ids={held_out}", rounds=20)
+
+
+FLEETS = {"wearables": wearables}
+
+
+def average(updates: Sequence[tuple[Weights, int]]) -> dict[str, NDArray[Any]]:
+    """Return the mean of the weights, weighted by examples."""
+    total = sum(examples for _, examples in updates)
+    return {
+        name: sum(w[name].astype(np.float64) * (n / total) for w, n in updates).astype(np.float32)
+        for name in updates[0][0]
+    }
+
+
+def federate(
+    trainers: Sequence[Trainer], weights: Weights, settings: Training, rounds: int, seed: int
+) -> list[Weights]:
+    """Return the model after each round."""
+    models: list[Weights] = []
+    for number in range(rounds):
+        updates = []
+        for place, trainer in enumerate(trainers):
+            trained = trainer.train(weights, settings, seed=seed + 1000 * number + place)
+            assert trained is not None
+            updates.append((trained.weights, trained.examples))
+        weights = average(updates)
+        models.append(weights)
+    return models
+
+
+def main() -> None:
+    """Parse the command line, train, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("example", choices=FLEETS)
+    parser.add_argument("--held-out", help="whom to test on, as in 9,10 (wearables)")
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    fleet = FLEETS[given.example](*([given.held_out] if given.held_out else []))
+    plan, initial = decode_task((_HERE / given.example / f"{given.example}.task").read_bytes())
+    runtime = TaskRuntime(plan)
+    samples = [load_samples(spec, plan.task) for spec in fleet.devices]
+    test = load_samples(fleet.test, plan.task)
+    metric = plan.task.metrics[0]
+
+    def score(weights: Weights) -> float:
+        return runtime.evaluate(weights, test).metrics[metric]
+
+    def alone(data: Samples) -> float:
+        long = msgspec.structs.replace(settings, epochs=settings.epochs * fleet.rounds)
+        trained = Trainer(runtime, data).train(initial, long, seed=given.seed)
+        assert trained is not None
+        return score(trained.weights)
+
+    settings = plan.task.defaults
+    trainers = [Trainer(runtime, data) for data in samples]
+    scores = [score(w) for w in federate(trainers, initial, settings, fleet.rounds, given.seed)]
+    print(f"{given.example}: {len(trainers)} devices, {metric} on {fleet.test.split(':')[-1]}")
+    print("federated, by round: " + " ".join(f"{value:.3f}" for value in scores))
+    each = [alone(data) for data in samples]
+    print(f"federated, after round {fleet.rounds}: {scores[-1]:.3f}")
+    print(f"each alone: mean {np.mean(each):.3f}, best {max(each):.3f}, worst {min(each):.3f}")
+    print(f"pooled: {alone(pooled(samples)):.3f}")
+
+
+def pooled(parts: Sequence[Samples]) -> Samples:
+    """Return all samples together."""
+    inputs = zip(*(samples.inputs for samples in parts), strict=True)
+    return Samples(tuple(map(np.concatenate, inputs)), np.concatenate([s.labels for s in parts]))
+
+
+if __name__ == "__main__":
+    main()
