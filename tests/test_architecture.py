@@ -32,7 +32,7 @@ HOMES = {
     "tensorflow": ("server/tasks/",),
     "keras": ("server/tasks/",),
     "cryptography": ("server/fleet/authority.py",),
-    "sqlalchemy": ("server/store/database.py",),
+    "sqlalchemy": ("server/store/",),
     "rich": ("server/",),  # and in one file only: see `homes_of_rich`
 }
 NEVER_ON_A_DEVICE = {"cryptography", "keras", "rich", "sqlalchemy", "tensorflow"}
