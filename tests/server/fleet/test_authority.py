@@ -32,10 +32,23 @@ def openssl_verifies(tmp_path, ca, certificate, *, purpose, at=NOW, chain=b""):
     (tmp_path / "chain.pem").write_bytes(chain or ca.certificate)
     (tmp_path / "leaf.pem").write_bytes(certificate)
     answer = subprocess.run(
-        ["openssl", "verify", "-x509_strict", "-attime", str(int(at.timestamp())),
-         "-untrusted", str(tmp_path / "chain.pem"), "-purpose", purpose,
-         "-CAfile", str(tmp_path / "ca.pem"), str(tmp_path / "leaf.pem")],
-        capture_output=True, check=False)
+        [
+            "openssl",
+            "verify",
+            "-x509_strict",
+            "-attime",
+            str(int(at.timestamp())),
+            "-untrusted",
+            str(tmp_path / "chain.pem"),
+            "-purpose",
+            purpose,
+            "-CAfile",
+            str(tmp_path / "ca.pem"),
+            str(tmp_path / "leaf.pem"),
+        ],
+        capture_output=True,
+        check=False,
+    )
     return answer.returncode == 0
 
 
@@ -60,8 +73,7 @@ def test_a_device_cannot_sign_further_certificates(ca, tmp_path):
     device = ca.issue_with_new_key("ward-3", now=NOW)
     rogue = Authority.load(device.certificate, device.key)
     forged = rogue.issue_with_new_key("ward-4", now=NOW).certificate
-    assert not openssl_verifies(tmp_path, ca, forged, purpose="sslclient",
-                                chain=device.certificate)
+    assert not openssl_verifies(tmp_path, ca, forged, purpose="sslclient", chain=device.certificate)
 
 
 def test_certificates_begin_a_day_early_and_end_when_asked(ca):
@@ -101,8 +113,10 @@ def test_the_server_and_the_operator_have_names_that_no_device_can_get(ca):
             ca.issue_for_public_key(key, name, now=NOW)
 
 
-@pytest.mark.parametrize("name", ["", "+", "#", "a/b", "a+", "Ward", "a b", "-a", "a-", "ä",
-                                  "a\n", "a" * 41, "a\0b", "$x"])
+@pytest.mark.parametrize(
+    "name",
+    ["", "+", "#", "a/b", "a+", "Ward", "a b", "-a", "a-", "ä", "a\n", "a" * 41, "a\0b", "$x"],
+)
 def test_a_name_that_would_open_other_topics_gets_no_certificate(ca, name):
     with pytest.raises(LocalError, match="device's name"):
         ca.issue_with_new_key(name, now=NOW)
@@ -118,10 +132,15 @@ def test_a_device_keeps_its_own_ed25519_key(ca, tmp_path):
     public = SigningKey.generate().verify_key.encode()
     certificate = ca.issue_for_public_key(public, "ward-3", now=NOW)
     assert openssl_verifies(tmp_path, ca, certificate, purpose="sslclient")
-    shown = subprocess.run(["openssl", "x509", "-noout", "-pubkey"], input=certificate,
-                           capture_output=True, check=True).stdout
-    assert ssl.PEM_cert_to_DER_cert(  # a public key's PEM ends in its 32 bytes
-        shown.decode().replace("PUBLIC KEY", "CERTIFICATE"))[-32:] == public
+    shown = subprocess.run(
+        ["openssl", "x509", "-noout", "-pubkey"], input=certificate, capture_output=True, check=True
+    ).stdout
+    assert (
+        ssl.PEM_cert_to_DER_cert(  # a public key's PEM ends in its 32 bytes
+            shown.decode().replace("PUBLIC KEY", "CERTIFICATE")
+        )[-32:]
+        == public
+    )
 
 
 @pytest.mark.parametrize("key", [b"", b"short", bytes(33)])
@@ -131,8 +150,9 @@ def test_a_key_of_the_wrong_length_is_refused(ca, key):
 
 
 def test_serial_numbers_differ(ca):
-    serials = {read_certificate(ca.issue_with_new_key("a", now=NOW).certificate).serial
-               for _ in range(20)}
+    serials = {
+        read_certificate(ca.issue_with_new_key("a", now=NOW).certificate).serial for _ in range(20)
+    }
     assert len(serials) == 20
 
 
