@@ -180,8 +180,9 @@ def _table(file: Path, task: Task) -> tuple[Array, Array]:
             for row in rows:
                 if len(row) != width:
                     raise ValueError(f"{len(row)} columns where the header has {width}")
+                label = names[row[-1]] if row[-1] in names else float(row[-1])
                 values.append([float(text) for text in row[:-1]])
-                labels.append(names[row[-1]] if row[-1] in names else float(row[-1]))
+                labels.append(label)
     except OSError as error:
         raise LocalError(f"cannot read {file}: {error.strerror or error}") from None
     except (ValueError, csv.Error) as error:

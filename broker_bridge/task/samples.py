@@ -136,7 +136,8 @@ def _fit(array: Array, spec: TensorSpec, what: str) -> Array:
         raise LocalError(f"{what} has dtype {array.dtype}; the task needs {spec.dtype}")
     if array.dtype.kind == "f":
         _refuse(~np.isfinite(array), array, what, "is not a finite number; drop or repair it")
-    cast = np.ascontiguousarray(array, dtype=spec.dtype)
+    with np.errstate(over="ignore", invalid="ignore"):    # what was lost is looked for below
+        cast = np.ascontiguousarray(array, dtype=spec.dtype)
     if cast.dtype.kind != "f":
         _refuse(cast != array, array, what, f"does not fit {spec.dtype}, which the task needs")
     elif array.dtype.kind == "f":

@@ -11,7 +11,6 @@ options = TaskOptions(
     batch_size=32,
     evaluation_batch_size=64,
     epochs=2,
-    clip_norm=1.0,
     label_names=("PEN", "ABD", "FEL", "IR", "ER", "TRAP", "ROW"),
 )
 
