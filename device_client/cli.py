@@ -2,6 +2,7 @@
 
 import json
 import random
+import sys
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -22,6 +23,8 @@ from device_client.config import EXAMPLE, DeviceConfig
 from device_client.enrolment import enrol
 from device_client.identity import Identity
 from device_client.outbox import Outbox
+from device_client.trainer import Progress
+from device_client.trial import run_trial
 
 __all__ = ["main"]
 
@@ -166,6 +169,47 @@ def status(folder: Path, as_json: bool) -> None:
         click.echo(json.dumps(facts))
         return
     for name, value in facts.items():
+        click.echo(f"{name:12} {value if not isinstance(value, dict) else _brief(value)}")
+
+
+@device.command("try")
+@click.argument("task", type=click.Path(path_type=Path, dir_okay=False))
+@click.option("--data", required=True, help="The samples to train on, as for `run`.")
+@click.option("--test", help="Samples to measure the result on.")
+@click.option("--epochs", type=click.IntRange(min=1), help="Default: as in the task.")
+@click.option("--learning-rate", type=float, help="Default: as in the task.")
+@click.option("--seed", default=1, show_default=True, help="Order of samples and noise.")
+@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+def try_command(
+    task: Path,
+    data: str,
+    test: str | None,
+    epochs: int | None,
+    learning_rate: float | None,
+    seed: int,
+    as_json: bool,
+) -> None:
+    """Train the file TASK on this machine alone, through the code that runs in rounds.
+
+    \b
+    Example:
+      midge-device try wearables.task --data npz:samples.npz --epochs 5
+    """
+    with click.progressbar(
+        length=1000, label="training", file=sys.stderr, hidden=not sys.stderr.isatty()
+    ) as bar:
+
+        def on_step(progress: Progress) -> None:
+            bar.update(1000 * progress.step // progress.steps - bar.pos)
+
+        found = run_trial(
+            task, data, test=test, epochs=epochs, learning_rate=learning_rate, seed=seed,
+            on_step=on_step,
+        )  # fmt: skip
+    if as_json:
+        click.echo(json.dumps(found.facts()))
+        return
+    for name, value in found.facts().items():
         click.echo(f"{name:12} {value if not isinstance(value, dict) else _brief(value)}")
 
 

@@ -8,24 +8,39 @@ import time
 from collections.abc import Mapping, Sequence
 
 from rich.console import Console
+from rich.live import Live
 from rich.table import Table
 
 from broker_bridge.wire.messages import Presence, RoundSummary
 
-__all__ = ["ago", "brief", "facts", "human_bytes", "presence_line", "summary_line", "table"]
+__all__ = [
+    "Progress",
+    "ago",
+    "brief",
+    "facts",
+    "human_bytes",
+    "presence_line",
+    "progress",
+    "summary_line",
+    "table",
+]
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]], *, title: str = "") -> None:
-    """Print a table, or, not on a terminal, its rows as columns of plain text."""
+    """Print a table, or, not on a terminal, its rows as columns of plain text.
+
+    Column names that are all empty are left out.
+    """
+    named = any(header)
     if sys.stdout.isatty():
-        drawn = Table(title=title or None, title_justify="left", header_style="bold")
+        drawn = Table(title=title or None, title_justify="left", show_header=named)
         for name in header:
             drawn.add_column(name)
         for row in rows:
             drawn.add_row(*(str(cell) for cell in row))
         Console().print(drawn)
         return
-    lines = [list(header), *([str(cell) for cell in row] for row in rows)]
+    lines = [[str(cell) for cell in row] for row in ([header, *rows] if named else rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     if title:
         print(title)
@@ -86,3 +101,59 @@ def presence_line(device: str, presence: Presence) -> str:
     """One device in one line."""
     detail = f" ({presence.detail})" if presence.detail else ""
     return f"device {device} {presence.state}{detail}"
+
+
+class Progress:
+    """A run as it goes on: one line that changes on a terminal, plain lines elsewhere."""
+
+    def __init__(self, *, plain: bool, quiet: bool) -> None:
+        self._quiet = quiet
+        self._console = Console(stderr=quiet)
+        self._live = None if plain or not sys.stdout.isatty() else Live(console=self._console)
+
+    def __enter__(self) -> "Progress":
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def line(self, text: str) -> None:
+        """A line that stays."""
+        if self._live is not None:
+            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(text, file=sys.stderr if self._quiet else sys.stdout, flush=True)
+
+    def show(
+        self,
+        *,
+        round_number: int,
+        rounds: int,
+        joined: int,
+        training: int,
+        uploaded: int,
+        accuracy: float | None,
+        sent_bytes: int,
+    ) -> None:
+        """What is happening now; shown on a terminal only."""
+        if self._live is None:
+            return
+        row = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+        done = min(round_number, rounds)
+        row.add_row(
+            f"[bold]round {done}[/] of at most {rounds}",
+            f"joined {joined}",
+            f"training {training}",
+            f"uploaded {uploaded}",
+            f"accuracy {'-' if accuracy is None else format(accuracy, '.3f')}",
+            human_bytes(sent_bytes),
+        )
+        self._live.update(row)
+
+
+def progress(*, plain: bool, quiet: bool) -> Progress:
+    """Something to show a run with. `quiet`: on standard error, for output that scripts read."""
+    return Progress(plain=plain, quiet=quiet)

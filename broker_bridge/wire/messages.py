@@ -278,14 +278,14 @@ class Presence(_Message, frozen=True, kw_only=True):
     detail: Sentence = ""
 
 
-class Until(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Until(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """Stop when the model is this good on the held-out data."""
 
     accuracy: Annotated[float, Meta(gt=0, le=1)] | None = None
     loss: Annotated[float, Meta(ge=0)] | None = None
 
 
-class Command(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Command(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """What an operator publishes on `ctl`."""
 
     cmd: Literal["start", "stop", "pause", "resume", "status"]
