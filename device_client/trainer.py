@@ -90,10 +90,7 @@ class Trainer:
             epoch = [] if first else epoch
             step = self._step(state, rows, settings, anchor, seed=_mix(seed, number))
             if not math.isfinite(step.loss):
-                raise TrainingDivergedError(
-                    f"the loss became {step.loss} at step {number} of {steps}: "
-                    "lower the learning rate, or set clip_norm"
-                )
+                raise _diverged(f"the loss became {step.loss} at step {number} of {steps}")
             state = step.state
             epoch.append((step, len(rows)))
             if not on_step(Progress(number, steps, step.loss)):
@@ -140,6 +137,10 @@ class Trainer:
         self, state: State, epoch: list[tuple[Step, int]], steps: int, seconds: float
     ) -> Trained:
         task = self._runtime.task
+        # The loss does not tell all: ReLU kernels turn NaN into 0.
+        for spec, array in zip(task.weights, state.weights, strict=True):
+            if not np.isfinite(array).all():
+                raise _diverged(f"the weight {spec.name} is no longer a finite number")
         sums = np.sum([step.sums for step, _ in epoch], axis=0)
         counts = np.sum([step.counts for step, _ in epoch], axis=0)
         rows = sum(count for _, count in epoch)
@@ -169,6 +170,10 @@ def _batches(
         order = draw.permutation(samples)
         for start in range(0, samples, batch_size):
             yield start == 0, order[start : start + batch_size]
+
+
+def _diverged(what: str) -> TrainingDivergedError:
+    return TrainingDivergedError(f"{what}: lower the learning rate, or set clip_norm")
 
 
 def _mix(seed: int, step: int) -> int:
