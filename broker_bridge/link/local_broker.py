@@ -224,4 +224,4 @@ class LocalBroker:
     def _last_words(self) -> str:
         lines = self.log_path.read_text(errors="replace").splitlines()
         errors = [line for line in lines[-20:] if "Error" in line]
-        return (errors or lines or ["it said nothing"])[-1].strip()
+        return " ".join(errors[-2:] or lines[-1:] or ["it said nothing."])

@@ -109,9 +109,9 @@ class MemoryBroker:
         if session is None or not resumed:
             session = self._sessions[link.client_id] = _Session(will, session_s)
         session.will, session.session_s, session.link = will, session_s, link
-        for token, message in session.unacknowledged.items():   # in the order they first went
-            self.count += 1
-            heapq.heappush(session.waiting, (0.0, float(token), self.count, message))
+        for message in session.unacknowledged.values():     # in the order they first went,
+            self.count += 1                                 # and before all that waits
+            heapq.heappush(session.waiting, (-1.0, float(self.count), self.count, message))
         session.unacknowledged.clear()
         return resumed
 

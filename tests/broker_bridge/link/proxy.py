@@ -9,17 +9,18 @@ BUFFER_BYTES = 65_536
 
 
 class Proxy:
-    """Relays 127.0.0.1:`port` to `target`. Use as a context manager."""
+    """Relays `host`:`port` to 127.0.0.1:`target`. Use as a context manager."""
 
-    def __init__(self, target: int) -> None:
+    def __init__(self, target: int, *, host: str = "127.0.0.1") -> None:
         self._target = target
-        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._listener = socket.create_server((host, 0))
         self.port: int = self._listener.getsockname()[1]
         self._lock = threading.Lock()
         self._pairs: dict[socket.socket, socket.socket] = {}
         self._stopping = False
         self.blocked = False        # take no new connections
         self.stalled = False        # keep connections, forward nothing: a half-open line
+        self.swallow: bytes | None = None       # what holds these bytes is not forwarded
         self.accepted = 0
         self._thread = threading.Thread(target=self._relay, daemon=True)
         self._thread.start()
@@ -78,7 +79,8 @@ class Proxy:
         try:
             data = source.recv(BUFFER_BYTES)
             if data:
-                target.sendall(data)
+                if self.swallow is None or self.swallow not in data:
+                    target.sendall(data)
                 return
         except OSError:
             pass
