@@ -62,6 +62,7 @@ _PRESENCE: dict[State, Literal["ready", "training", "uploading"]] = {
     State.SEALING: "uploading",
     State.UPLOADING: "uploading",
 }
+_DETAIL_CHARS_MAX = 500  # what `Presence` takes; the log has the whole sentence
 _DOWN = {"go": Go | Busy, "need": Need, "ack": Ack}
 
 
@@ -164,12 +165,22 @@ class Agent:
 
     def run(self, stopped: Callable[[], bool]) -> None:
         """Take part in rounds until `stopped` says so. Raises LocalError, LinkError."""
+        self.begin()
+        try:
+            while not stopped():
+                self.turn(self._link.receive(timeout_s=1.0))
+        finally:
+            self.end()
+
+    def begin(self) -> None:
+        """Take up what a power cut left in the outbox, and listen."""
         mine = self.identity.device
         self._link.subscribe([self._topics.round, self._topics.all_down(mine)])
         waiting = self._outbox.load()
         self._handle([] if waiting is None else [ev.Sealed(waiting)])
-        while not stopped():
-            self.turn(self._link.receive(timeout_s=1.0))
+
+    def end(self) -> None:
+        """Stop working and say so: whatever ended the loop, nobody waits for this device."""
         self._stop("the device is stopping")
         self._show(Presence(state="sleeping", boot=self._boot, role=self._participant.role))
 
@@ -189,8 +200,17 @@ class Agent:
     def _handle(self, happened: Iterable[ev.Event]) -> None:
         todo = deque(happened)
         while todo:
-            for effect in self._participant.step(todo.popleft()):
+            try:
+                effects = self._participant.step(todo.popleft())
+            except PeerError as error:
+                self._reject(error, "the server's message")
+                continue
+            for effect in effects:
                 todo.extend(self._perform(effect))
+
+    def _reject(self, error: PeerError, what: str) -> None:
+        self.rejects[error.reason] += 1
+        log.warning("ignored %s: %s", what, error)
 
     # ── what a message says ─────────────────────────────────────────────────────────────
 
@@ -207,8 +227,7 @@ class Agent:
                 try:
                     return self._read(event)
                 except PeerError as error:
-                    self.rejects[error.reason] += 1
-                    log.warning("ignored a message on %s: %s", event.topic, error)
+                    self._reject(error, f"a message on {event.topic}")
         return []
 
     def _read(self, message: Message) -> list[ev.Event]:
@@ -482,7 +501,7 @@ class Agent:
                 boot=self._boot,
                 role=person.role,
                 round=person.round,
-                detail=person.detail if person.state is State.IDLE else "",
+                detail=person.detail[:_DETAIL_CHARS_MAX] if person.state is State.IDLE else "",
             )
         )
 
