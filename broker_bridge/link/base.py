@@ -18,7 +18,11 @@ __all__ = ["Connected", "Disconnected", "Link", "LinkEvent", "LinkLimits", "Mess
 
 @dataclass(frozen=True)
 class Message:
-    """One message from the broker. Hand it to `Link.ack` once it needs no redelivery."""
+    """One message from the broker. Hand it to `Link.ack` once it needs no redelivery.
+
+    `retained`: it was waiting on the broker before we asked for its topic. `token` is the
+    link's own. The same type describes a last will.
+    """
 
     topic: str
     payload: bytes
@@ -37,7 +41,10 @@ class LinkLimits:
 
 @dataclass(frozen=True)
 class Connected:
-    """The session is up. `resumed`: the broker still has our subscriptions and queue."""
+    """The session is up. `resumed`: the broker still has our subscriptions and queue.
+
+    Not resumed, it may have forgotten what we retained there, too.
+    """
 
     limits: LinkLimits
     resumed: bool
@@ -62,13 +69,17 @@ class Link(Protocol):
         """The limits of the present (or last) connection."""
 
     def room(self) -> int:
-        """How many publishes would go out at once, without waiting for acknowledgements."""
+        """How many publishes would go out at once, without waiting for acknowledgements.
+
+        0 while there is no connection.
+        """
 
     def publish(self, topic: str, payload: bytes, *, retain: bool = False) -> None:
         """Queue a publish and return at once.
 
         Survives a reconnect, not a restart of this process. Raises LinkError when the
-        packet is larger than the broker accepts or the send queue is full.
+        packet is larger than the broker accepts, the send queue is full or the link is
+        closed, and ValueError for a topic with a wildcard: that is the caller's bug.
         """
 
     def flush(self, timeout_s: float) -> bool:
@@ -81,13 +92,20 @@ class Link(Protocol):
         """Stop asking for topics."""
 
     def receive(self, timeout_s: float) -> LinkEvent | None:
-        """Return the next message or change of the connection, or None after `timeout_s`."""
+        """Return the next message or change of the connection, or None after `timeout_s`.
+
+        A change nobody looked at gives way to a later one: what is told is where we stand.
+        """
 
     def wake(self) -> None:
         """Make a waiting `receive` return None early. For another thread that has news."""
 
     def ack(self, message: Message) -> None:
-        """Tell the broker that `message` needs no redelivery."""
+        """Tell the broker that `message` needs no redelivery.
+
+        What is not acknowledged holds up what comes after it, once the receive window is
+        full, and comes again on the next connection.
+        """
 
     def close(self) -> None:
         """Send what is queued if the broker is there (a second at most), say goodbye, and stop."""

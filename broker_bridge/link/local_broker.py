@@ -148,6 +148,15 @@ class LocalBroker:
             self._process.wait()
             self._process = None
 
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Wait until the broker ends by itself; say whether it did."""
+        if self._process is not None:
+            try:
+                self._process.wait(timeout_s)
+            except subprocess.TimeoutExpired:
+                return False
+        return True
+
     def restart(self) -> None:
         """Stop if running, and start again on the same port with the same files."""
         self.stop()

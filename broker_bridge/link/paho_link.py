@@ -137,7 +137,11 @@ class PahoLink(QueuedLink):
             protocol=protocol, random=random))
         link._thread.start()
         if wait_s is not None:
-            link._wait_for_first_connection(wait_s)
+            try:
+                link._wait_for_first_connection(wait_s)
+            except BaseException:       # Ctrl-C too: nobody else could close it
+                link.close()
+                raise
         return link
 
     def _wait_for_first_connection(self, wait_s: float) -> None:
@@ -150,7 +154,6 @@ class PahoLink(QueuedLink):
             if self.connections > 0:
                 return
             failure, crash = self._failure, self._crash
-        self.close()
         if crash is not None:
             raise crash
         where = f"{self._settings.host}:{self._settings.port}"
@@ -301,7 +304,7 @@ class PahoLink(QueuedLink):
             wait_s = tick_s if greeted else min(tick_s, greeting_ends - now + 0.01)
             if self._closing_since is not None:
                 wait_s = 0.05
-            self._exchange(client, sock, wait_s)
+            self._exchange(client, sock, wait_s, greeted=greeted)
 
     def _say_goodbye(self, client: mqtt.Client, greeted: bool, now: float) -> bool:
         """While closing: wait for acknowledgements, give ours, disconnect. True: hang up."""
@@ -317,10 +320,12 @@ class PahoLink(QueuedLink):
                 client.disconnect()
         return False
 
-    def _exchange(self, client: mqtt.Client, sock: Any, wait_s: float) -> None:
+    def _exchange(
+        self, client: mqtt.Client, sock: Any, wait_s: float, *, greeted: bool
+    ) -> None:
         """Hand over what is queued, wait for the socket or a poke, and let paho work."""
         with self._changed:
-            reading = self._may_read()
+            reading = not greeted or self._may_read()
             self._hand_over(client)
         if client.socket() is None:
             return                      # the write found the connection gone

@@ -199,6 +199,28 @@ class Authority:
                              "enrol the device again") from error
         return self._client(name, public, now=now, days=days, backdate=backdate)
 
+    def revocation_list(
+        self, serials: Sequence[int], *, now: datetime, days: int = CA_DAYS
+    ) -> bytes:
+        """Return the list (PEM) of certificates to turn away, for mosquitto's `crlfile`.
+
+        Whole each time: a serial number left out is let in again. OpenSSL lets nobody in
+        on a list that has ended, so it lasts as long as the CA unless `days` says less.
+        """
+        revoked = (
+            x509.RevokedCertificateBuilder().serial_number(serial).revocation_date(now).build()
+            for serial in serials
+        )
+        builder = (
+            x509.CertificateRevocationListBuilder()
+            .issuer_name(self._certificate.subject)
+            .last_update(now - BACKDATE)
+            .next_update(now + timedelta(days=days))
+        )
+        for each in revoked:
+            builder = builder.add_revoked_certificate(each)
+        return builder.sign(self._key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+
     def issued(self, certificate: bytes) -> bool:
         """Whether this CA signed `certificate` (PEM). Says nothing about its dates."""
         try:

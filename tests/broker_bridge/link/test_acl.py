@@ -1,6 +1,7 @@
 """mosquitto.conf and mosquitto.acl as shipped: who gets in, and who gets heard."""
 
 import itertools
+import shutil
 
 import pytest
 from cryptography.hazmat.primitives import serialization
@@ -8,9 +9,10 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from broker_bridge.errors import LinkError
 from broker_bridge.link.base import Message
+from broker_bridge.link.local_broker import LocalBroker, free_port, shipped_file
 from broker_bridge.link.tls import TlsFiles
-from server.fleet.authority import Authority, Issued
-from tests.broker_bridge.link.reading import GIVE_UP_S, messages_until, subscribed
+from server.fleet.authority import Authority, Issued, read_certificate
+from tests.broker_bridge.link.reading import GIVE_UP_S, event_of, messages_until, subscribed
 
 FED = "midge/v1/demo"
 _marks = itertools.count()
@@ -91,11 +93,12 @@ def test_a_device_that_subscribes_to_everything_hears_its_own_and_the_public(fle
     assert server.flush(GIVE_UP_S)
     device = fleet("ward-1")
     device.subscribe(["#", "+/#", "$SYS/#"])
+    first = event_of(device, Message)       # what is retained shows that the filters hold
     for topic in (*public, *own, *others):
         server.publish(topic, b"live")
     server.publish(f"{FED}/down/ward-1/ack", b"end")
     # The filters overlap, so a message may come more than once.
-    got = {(m.topic, m.payload) for m in messages_until(device, b"end")}
+    got = {(m.topic, m.payload) for m in [first, *messages_until(device, b"end")]}
     expected = {(topic, payload) for topic in (*public, *own) for payload in (b"kept", b"live")}
     assert got == expected
     for topic in (*public, *own, *others):
@@ -163,6 +166,36 @@ def test_a_device_with_its_own_ed25519_key_gets_in(fleet, server, pki):
     certificate = pki.ca.issue_for_public_key(public, "ward-9", now=pki.now)
     device = fleet("ward-9", tls=pki.files("ward-9", issued=Issued(certificate, private)))
     assert heard(server, device, f"{FED}/up/0/ward-9/enrol") == []
+
+
+def switched_on(option, pki, tmp_path):
+    """The shipped broker with an option that the shipped file has as a comment."""
+    folder = tmp_path / "broker"
+    shutil.copytree(pki.folder, folder)
+    text = shipped_file("mosquitto.conf").read_text()
+    assert f"\n#{option} " in text
+    shutil.copyfile(shipped_file("mosquitto.acl"), folder / "mosquitto.acl")
+    return LocalBroker(folder, port=free_port(), engine="mosquitto",
+                       conf_text=text.replace(f"\n#{option} ", f"\n{option} "))
+
+
+def test_a_revoked_device_is_shut_out_and_the_others_are_not(pki, tmp_path, links):
+    stolen = read_certificate(pki.files("stolen").certificate.read_bytes()).serial
+    broker = switched_on("crlfile", pki, tmp_path)
+    (broker.folder / "revoked.pem").write_bytes(pki.ca.revocation_list([stolen], now=pki.now))
+    with broker:
+        links(broker.port, "ward-1", tls=pki.files("ward-1"))
+        with pytest.raises(LinkError, match="refused our client certificate"):
+            links(broker.port, "stolen", tls=pki.files("stolen"))
+
+
+def test_with_the_user_name_as_client_id_no_device_can_cut_off_another(pki, tmp_path, links):
+    with switched_on("use_username_as_clientid", pki, tmp_path) as broker:
+        victim = links(broker.port, "ward-1", tls=pki.files("ward-1"))
+        assert links(broker.port, "ward-1", tls=pki.files("ward-2")).connections == 1
+        victim.publish(f"{FED}/up/0/ward-1/join", b"x")
+        assert victim.flush(GIVE_UP_S)
+        assert victim.connections == 1
 
 
 def test_the_limits_of_the_file_reach_the_client(fleet):
