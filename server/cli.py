@@ -22,7 +22,14 @@ from broker_bridge.link.local_broker import LocalBroker
 from broker_bridge.link.paho_link import PahoLink
 from broker_bridge.wire import messages, weights
 from broker_bridge.wire.envelope import random_bytes
-from broker_bridge.wire.messages import Command, Presence, Reply, RoundSummary, Until
+from broker_bridge.wire.messages import (
+    Command,
+    Presence,
+    Reply,
+    RoundSummary,
+    ServerPresence,
+    Until,
+)
 from broker_bridge.wire.topics import SERVER, DeviceState, Topics
 from server import screen
 from server.config import ServerConfig
@@ -32,9 +39,10 @@ from server.fleet.enrolment import TOKEN_HOURS, Registrar, add_device
 from server.fleet.home import Home, create
 from server.ledger import Ledger
 from server.operator import Operator
-from server.service import Service, presence
+from server.service import Service
 from server.store.database import Database
 from server.store.models import ModelFiles
+
 # from server.tasks.cli import task
 
 __all__ = ["main"]
@@ -149,7 +157,7 @@ def serve(home: Home, config: ServerConfig, ledger: Ledger, stopped: Any) -> Non
     topics = Topics(ledger.keys.federation)
     link = PahoLink.open(
         config.broker.host, config.broker.port, client_id=SERVER, tls=home.tls("server"),
-        will=Message(topics.srv, presence("lost"), retained=True),
+        will=Message(topics.srv, messages.encode_json(ServerPresence(state="lost")), retained=True),
         keepalive_s=config.broker.keepalive_s, wait_s=10.0,
     )  # fmt: skip
     rounds = config.rounds
@@ -364,8 +372,8 @@ def _watched(topics: Topics, topic: str, payload: bytes, as_json: bool) -> str:
             case DeviceState(name) if payload:
                 return screen.presence_line(name, messages.decode_json(payload, Presence))
             case "srv":
-                return f"server {json.loads(payload)['state']}"
-    except (PeerError, ValueError, KeyError, TypeError):
+                return f"server {messages.decode_json(payload, ServerPresence).state}"
+    except (PeerError, ValueError):
         return ""
     return ""
 

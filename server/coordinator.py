@@ -279,6 +279,9 @@ class Coordinator:
             ]
         target = command.target or self.rules.target
         quorum = command.quorum or self.rules.quorum
+        if quorum < self.rules.quorum:
+            least = self.rules.quorum
+            return [_refusal(command, f"the quorum {quorum} is below this server's {least}")]
         if target and quorum > target:
             return [_refusal(command, f"the quorum {quorum} is more than the target {target}")]
         run = Run(

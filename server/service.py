@@ -29,6 +29,7 @@ from broker_bridge.wire.messages import (
     Reply,
     Report,
     RoundSummary,
+    ServerPresence,
 )
 from broker_bridge.wire.topics import DeviceState, Topics, UpTopic
 from server import events as ev
@@ -360,8 +361,9 @@ class Service:
         except LinkError as error:
             log.warning("not sent: %s", error)  # devices ask again after a silence
 
-    def _show_presence(self, state: str) -> None:
-        self._publish(self._topics.srv, presence(state), retain=True)
+    def _show_presence(self, state: Literal["online", "offline"]) -> None:
+        data = messages.encode_json(ServerPresence(state=state))
+        self._publish(self._topics.srv, data, retain=True)
         log.info("the server is %s", state)
 
     # ── coming back ─────────────────────────────────────────────────────────────────────
@@ -380,11 +382,6 @@ class Service:
         self._retain("model")
         if found.opened is not None:
             self._announce(self._ledger.sign(found.opened.announcement))
-
-
-def presence(state: str) -> bytes:
-    """What lies on the server's presence topic; also its last will."""
-    return b'{"v":1,"state":"%s"}' % state.encode()
 
 
 def _how_to_command(error: PeerError) -> str:

@@ -33,7 +33,7 @@ def collector(blob: Blob, *, fleet_key: bytes) -> Reassembler:
 
 
 def finish(blob: Blob, reassembler: Reassembler) -> bytes:
-    """Return the content once complete. Raises PeerError `bad_digest` if it is not the announced."""
+    """Return the content once complete. Raises PeerError `bad_digest` if it is another."""
     content = reassembler.message()
     if sha256(content) != blob.digest:
         raise PeerError("bad_digest", "a task or model is not the one that was announced")

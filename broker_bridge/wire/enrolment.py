@@ -30,10 +30,10 @@ __all__ = [
     "Bundle",
     "Contact",
     "accept",
+    "open_welcome",
     "request",
     "server_identity",
     "sign_server_identity",
-    "open_welcome",
     "welcome",
 ]
 

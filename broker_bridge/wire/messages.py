@@ -37,6 +37,7 @@ __all__ = [
     "Report",
     "RoundSummary",
     "ServerIdentity",
+    "ServerPresence",
     "Settings",
     "Until",
     "Welcome",
@@ -276,6 +277,12 @@ class Presence(_Message, frozen=True, kw_only=True):
     role: Literal["train", "evaluate"] = "train"
     round: Count = 0
     detail: Sentence = ""
+
+
+class ServerPresence(_Message, frozen=True, kw_only=True):
+    """Retained on `srv`, and sent by the broker as the server's last will."""
+
+    state: Literal["online", "offline", "lost"]
 
 
 class Until(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
