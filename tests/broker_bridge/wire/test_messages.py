@@ -36,6 +36,7 @@ from broker_bridge.wire.messages import (
     Report,
     RoundSummary,
     ServerIdentity,
+    ServerPresence,
     Settings,
     Until,
     Welcome,
@@ -79,6 +80,7 @@ BINARY: list[msgspec.Struct] = [
 ]  # fmt: skip
 JSON: list[msgspec.Struct] = [
     Presence(state="training", boot=3, role="train", round=7, detail="epoch 1 of 2"),
+    ServerPresence(state="online"),
     Until(accuracy=0.8, loss=0.5),
     Command(
         cmd="start", id="mine-1", task="wearables", rounds=10, until=Until(accuracy=0.8), target=8,
