@@ -15,6 +15,7 @@ import importlib
 import importlib.util
 import inspect
 import itertools
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,9 @@ from urllib.parse import parse_qsl
 import numpy as np
 from numpy.typing import NDArray
 
-from broker_bridge.errors import LocalError
+from broker_bridge.errors import LocalError, MidgeError
 from broker_bridge.task.samples import Samples, check_samples, from_arrays, preprocess, read_npz
-from broker_bridge.task.taskfile import Task, Window
+from broker_bridge.task.taskfile import Task, Window, decode_task
 
 __all__ = ["load_samples"]
 
@@ -190,3 +191,20 @@ def _table(file: Path, task: Task) -> tuple[Array, Array]:
     if not values:
         raise LocalError(f"{file} holds no rows below its header")
     return np.asarray(values, np.float32), np.asarray(labels)
+
+
+def _main(task_path: str, spec: str, out: str) -> None:
+    """Write the samples that `spec` names to the .npz file `out`: for `midge task verify`."""
+    plan, _ = decode_task(Path(task_path).read_bytes())
+    samples = load_samples(spec, plan.task)
+    arrays = {f"x{i}": array for i, array in enumerate(samples.inputs)} | {"y": samples.labels}
+    if samples.weights is not None:
+        arrays["sample_weight"] = samples.weights
+    np.savez(out, **arrays)
+
+
+if __name__ == "__main__":
+    try:
+        _main(*sys.argv[1:4])
+    except MidgeError as failure:
+        sys.exit(str(failure))

@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 
 from broker_bridge.errors import LocalError
 from broker_bridge.task.samples import Samples
-from broker_bridge.task.taskfile import Plan, Training, weights_of
+from broker_bridge.task.taskfile import Plan, Task, Training, weights_of
 
-__all__ = ["Evaluation", "State", "Step", "TaskRuntime"]
+__all__ = ["RUNTIMES", "Evaluation", "State", "Step", "TaskRuntime", "draw_noise"]
 
 Array = NDArray[Any]
 Floats = NDArray[np.float32]
@@ -28,6 +28,7 @@ _MODULES = {
     "tflite-runtime": "tflite_runtime.interpreter",
     "ai-edge-litert": "ai_edge_litert.interpreter",
 }
+RUNTIMES = tuple(_MODULES)
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ class TaskRuntime:
         feed["learning_rate"] = _scalar(settings.learning_rate)
         feed["proximal_mu"] = _scalar(settings.proximal_mu)
         feed["clip_norm"] = _scalar(settings.clip_norm)
-        feed.update(_named("r", self._noise(seed)))
+        feed.update(_named("r", draw_noise(task, seed)))
         feed.update(_named("w", state.weights))
         feed.update(_named("o", state.slots))
         feed.update(_named("a", anchor[: task.trainable_count]))
@@ -158,18 +159,6 @@ class TaskRuntime:
         feed["sample_weight"] = weight
         return feed
 
-    def _noise(self, seed: int) -> list[Floats]:
-        if not self.task.noise:
-            return []
-        # PCG64 gives the same numbers on every machine; the C library's generator does not.
-        draw = np.random.Generator(np.random.PCG64(seed))
-        return [
-            draw.random(noise.shape, np.float32)
-            if noise.kind == "uniform"
-            else draw.standard_normal(noise.shape, np.float32)
-            for noise in self.task.noise
-        ]
-
     def _run(self, signature: str, feed: dict[str, Array]) -> dict[str, Array]:
         try:
             return self._runners[signature](**feed)  # type: ignore[no-any-return]
@@ -200,6 +189,22 @@ class TaskRuntime:
                 f"the task {self.task.name!r} does not load in {self.runtime_name}: "
                 f"{str(error).splitlines()[0]}; build it again with this version of midge"
             ) from None
+
+
+def draw_noise(task: Task, seed: int) -> list[Floats]:
+    """Return the random tensors that one training step is fed. `seed`: 0 … 2**64-1.
+
+    PCG64 gives the same numbers on every machine; the C library's generator does not.
+    """
+    if not task.noise:
+        return []
+    draw = np.random.Generator(np.random.PCG64(seed))
+    return [
+        draw.random(noise.shape, np.float32)
+        if noise.kind == "uniform"
+        else draw.standard_normal(noise.shape, np.float32)
+        for noise in task.noise
+    ]
 
 
 def _load_module(prefer: str | None) -> tuple[str, Any]:

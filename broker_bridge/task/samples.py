@@ -62,6 +62,11 @@ def check_samples(task: Task, samples: Samples) -> Samples:
             raise LocalError(f"{name!r} has {len(array)} rows, and there are {len(labels)} labels")
     if not len(labels):
         raise LocalError("the data has no samples: a device needs at least one to train")
+    for spec, array, within in zip(task.inputs, inputs, task.input_ranges, strict=False):
+        if within is not None:
+            low, high = within
+            _refuse((array < low) | (array > high), array, f"input {spec.name!r}",
+                    f"is outside {low:g} … {high:g}, what the task {task.name!r} knows")
     if task.label_range is not None:
         low, high = task.label_range
         _refuse((labels < low) | (labels > high), labels, "the labels (y)",

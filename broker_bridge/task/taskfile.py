@@ -104,9 +104,11 @@ class Task(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     description: str = ""
     licence: str = ""
     versions: dict[str, str] = {}
+    operations: dict[str, int] = {}         # TensorFlow Lite ops of one training step
     batch_size: int
     evaluation_batch_size: int
     inputs: tuple[TensorSpec, ...]
+    input_ranges: tuple[tuple[float, float] | None, ...] = ()   # inclusive; of token numbers
     label: TensorSpec
     label_range: tuple[float, float] | None = None   # inclusive; a label outside makes NaN
     label_names: tuple[str, ...] = ()
@@ -266,8 +268,11 @@ def _check_numbers(task: Task) -> None:
         raise _bad("the model is larger than any task may be")
     if not 0 <= task.weights_bytes <= LIMITS.model_bytes_max:
         raise _bad("the weights are larger than any task may have")
-    if task.label_range is not None and not task.label_range[0] <= task.label_range[1]:
-        raise _bad("the label range is empty")
+    if len(task.input_ranges) not in (0, len(task.inputs)):
+        raise _bad("there must be one range for each input, or none")
+    for within in (task.label_range, *task.input_ranges):
+        if within is not None and not within[0] <= within[1]:
+            raise _bad("the range of a tensor is empty")
     defaults = task.defaults
     numbers = (defaults.learning_rate, defaults.proximal_mu, defaults.clip_norm)
     if defaults.epochs < 1 or any(not math.isfinite(n) or n < 0 for n in numbers):

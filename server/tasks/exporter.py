@@ -6,32 +6,62 @@ back as it went in.
 """
 
 import hashlib
+import importlib
 import importlib.util
 import tempfile
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import keras
+import msgspec
 import tensorflow as tf
 
 from broker_bridge.errors import LocalError
-from broker_bridge.task.taskfile import Task, Training, encode_task
+from broker_bridge.task.taskfile import Plan, Task, Training, decode_plan, encode_plan, encode_task
 from broker_bridge.wire import weights as wire
 from broker_bridge.wire.weights import TensorSpec
 from server.tasks import advice
-from server.tasks.graph import Graph, graph_of
+from server.tasks.graph import Graph, graph_of, unique_names
 from server.tasks.objectives import Objective, objective_of
 from server.tasks.optimisers import Rule, rule_of
 from server.tasks.options import TaskOptions
+from server.tasks.selfcheck import Subject, check_task
+from server.tasks.tracing import all_layers
 
-__all__ = ["build_task", "load_model_file"]
+__all__ = ["Built", "build_task", "export", "load_model_file", "subject_of"]
+
+
+@dataclass(frozen=True)
+class Built:
+    """A task that was converted, and the Keras side to compare it with."""
+
+    task: Task
+    tflite: bytes
+    weights: bytes
+    subject: Subject
+
+    @property
+    def plan(self) -> Plan:
+        """The plan as devices get it."""
+        return decode_plan(encode_plan(self.task, self.tflite))
 
 
 def build_task(model: Any, options: TaskOptions) -> bytes:
-    """Return the bytes of the `.task` file for `model`.
+    """Return the bytes of the `.task` file for `model`, checked against Keras.
 
     Raises LocalError when the model cannot be trained on a device.
     """
+    built = export(model, options)
+    found = check_task(built.plan, built.subject)
+    checked = {f"checked with {name.split()[0]}": name.split()[1] for name in found}
+    task = msgspec.structs.replace(built.task, versions=built.task.versions | checked)
+    return encode_task(task, built.tflite, built.weights)
+
+
+def export(model: Any, options: TaskOptions) -> Built:
+    """Convert `model` without checking the result. Raises LocalError as `build_task`."""
     advice.refuse_layers(model)
     inputs, output = _interface(model)
     objective = objective_of(model, options.loss, options.metrics, output, options.label)
@@ -49,8 +79,25 @@ def build_task(model: Any, options: TaskOptions) -> bytes:
     tflite = _convert(graph)
     weights = wire.encode(graph.initial)
     task = _task(options, inputs, output, objective, rule, graph, tflite, weights,
-                 float(optimiser.learning_rate))
-    return encode_task(task, tflite, weights)
+                 float(optimiser.learning_rate), _token_ranges(model))
+    return Built(
+        task, tflite, weights, Subject(model, objective, optimiser, graph.variables)
+    )
+
+
+def subject_of(model: Any, options: TaskOptions, task: Task) -> Subject:
+    """Return the Keras side of an existing `task`. Raises LocalError if it is another model's."""
+    _, output = _interface(model)
+    objective = objective_of(model, options.loss, options.metrics, output, options.label)
+    names = unique_names([v.path for v in model.variables])
+    variables = dict(zip(names, model.variables, strict=True))
+    try:
+        own = tuple(variables[spec.name] for spec in task.weights)
+    except KeyError as error:
+        raise LocalError(
+            f"the model has no weight {error}: the task {task.name!r} is of another model"
+        ) from None
+    return Subject(model, objective, _optimiser(model, options), own)
 
 
 def load_model_file(path: str, function: str = "model") -> tuple[Any, TaskOptions]:
@@ -108,6 +155,22 @@ def _spec(tensor: Any, what: str) -> TensorSpec:
     return TensorSpec(name, dtype, tuple(shape))
 
 
+def _token_ranges(model: Any) -> tuple[tuple[float, float] | None, ...]:
+    """Return for each input that an Embedding reads the numbers it knows, else None."""
+    known: dict[str, int] = {}
+    for layer in all_layers(model):
+        if not isinstance(layer, keras.layers.Embedding):
+            continue
+        for node in layer._inbound_nodes:
+            for tensor in node.input_tensors:
+                name = tensor.name
+                known[name] = min(layer.input_dim, known.get(name, layer.input_dim))
+    return tuple(
+        (0.0, known[tensor.name] - 1.0) if tensor.name in known else None
+        for tensor in model.inputs
+    )
+
+
 def _optimiser(model: Any, options: TaskOptions) -> Any:
     found = options.optimiser or getattr(model, "optimizer", None)
     if found is None:
@@ -138,6 +201,19 @@ def _convert(graph: Graph) -> bytes:
             raise advice.explain(error, graph) from error
 
 
+def _operations(tflite: bytes) -> dict[str, int]:
+    """Count the ops of a training step, most frequent first."""
+    schema = importlib.import_module("tensorflow.lite.python.schema_py_generated")
+    model = schema.ModelT.InitFromPackedBuf(tflite, 0)
+    names = {code: name for name, code in vars(schema.BuiltinOperator).items() if name.isupper()}
+    train = next(
+        found.subgraphIndex for found in model.signatureDefs if found.signatureKey == b"train"
+    )
+    codes = [model.operatorCodes[op.opcodeIndex] for op in model.subgraphs[train].operators]
+    counted = Counter(names[max(c.builtinCode, c.deprecatedBuiltinCode)] for c in codes)
+    return dict(sorted(counted.items(), key=lambda item: (-item[1], item[0])))
+
+
 def _task(
     options: TaskOptions,
     inputs: tuple[TensorSpec, ...],
@@ -148,15 +224,18 @@ def _task(
     tflite: bytes,
     weights: bytes,
     learning_rate: float,
+    input_ranges: tuple[tuple[float, float] | None, ...],
 ) -> Task:
     return Task(
         name=options.name,
         description=options.description,
         licence=options.licence,
+        operations=_operations(tflite),
         versions={"tensorflow": tf.__version__, "keras": keras.__version__},
         batch_size=options.batch_size,
         evaluation_batch_size=options.evaluation_batch_size,
         inputs=inputs,
+        input_ranges=input_ranges if any(input_ranges) else (),
         label=objective.label,
         label_range=objective.label_range,
         label_names=options.label_names,

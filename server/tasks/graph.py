@@ -23,7 +23,7 @@ from server.tasks.objectives import Objective
 from server.tasks.optimisers import Rule
 from server.tasks.tracing import NoiseFeed, call, convertible
 
-__all__ = ["Graph", "graph_of"]
+__all__ = ["Graph", "graph_of", "unique_names"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class Graph:
     """The traced functions, and what they take: see the task header for each field."""
 
     functions: dict[str, Any]
+    variables: tuple[Any, ...]      # the Keras variables behind `weights`
     weights: tuple[TensorSpec, ...]
     initial: dict[str, Any]
     trainable_count: int
@@ -177,9 +178,10 @@ class _Builder:
 
     def slots(self) -> tuple[Slot, ...]:
         """Return the optimiser's tensors, weight by weight, then the step counter."""
+        paths = unique_names([v.path for v in self.trainable])
         slots = [
-            Slot(TensorSpec(f"{v.path}/{name}", "float32", tuple(v.shape)), self.rule.initial)
-            for v in self.trainable
+            Slot(TensorSpec(f"{path}/{name}", "float32", tuple(v.shape)), self.rule.initial)
+            for path, v in zip(paths, self.trainable, strict=True)
             for name in self.rule.slots
         ]
         if self.rule.counts_steps:
@@ -217,11 +219,22 @@ def graph_of(
         "evaluate": builder.evaluate(evaluation_batch_size),
         "infer": builder.infer(evaluation_batch_size),
     }
-    initial = {v.path: v.numpy() for v in builder.travelling}
+    variables = tuple(builder.travelling)
+    names = unique_names([v.path for v in variables])
+    initial = {name: v.numpy() for name, v in zip(names, variables, strict=True)}
     specs = tuple(TensorSpec(name, "float32", a.shape) for name, a in initial.items())
     return Graph(
-        functions, specs, initial, len(builder.trainable), builder.noise, builder.slots()
+        functions, variables, specs, initial, len(builder.trainable), builder.noise,
+        builder.slots(),
     )
+
+
+def unique_names(names: list[str]) -> list[str]:
+    """Number what a user-written layer named twice."""
+    return [
+        name if names.count(name) == 1 else f"{name}_{names[:place].count(name)}"
+        for place, name in enumerate(names)
+    ]
 
 
 def _take(feed: dict[str, Any], letter: str) -> list[Any]:

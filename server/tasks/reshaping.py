@@ -4,6 +4,7 @@
 Shapes must be static, which a training graph's always are.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,14 +29,22 @@ def spread(taps: Sequence[Any], *, stride: int, size: int, axis: int) -> Any:
             for turn in range(turns)
             if turn * stride + lane < len(taps)
         )
-        for lane in range(stride)
+        for lane in range(min(stride, len(taps)))
     ]
-    zeros = next((tf.zeros_like(lane) for lane in lanes if lane is not None), None)
-    lanes = [zeros if lane is None else lane for lane in lanes]
+    return resize_rows(_interleaved(lanes, stride, axis), size, axis)
+
+
+def _interleaved(lanes: list[Any], stride: int, axis: int) -> Any:
+    """Return row o of every lane, then row o + 1 …; lanes that are missing are zeros."""
+    if stride == 1:
+        return lanes[0]
     shape = lanes[0].shape.as_list()
+    rows, inner = shape[axis], math.prod(shape[axis + 1 :])
+    flat = tf.concat([tf.reshape(lane, [-1, rows, inner]) for lane in lanes], axis=2)
+    # Padding, not a lane of zeros: that would be stored in the file.
+    flat = _padded(flat, 0, stride * inner, 2)
     shape[axis] *= stride
-    merged = lanes[0] if stride == 1 else tf.reshape(tf.stack(lanes, axis=axis + 1), shape)
-    return resize_rows(merged, size, axis)
+    return tf.reshape(flat, shape)
 
 
 def resize_rows(x: Any, size: int, axis: int) -> Any:

@@ -19,7 +19,7 @@ from keras.src import backend
 from broker_bridge.errors import LocalError
 from broker_bridge.task.taskfile import Noise
 
-__all__ = ["NoiseFeed", "all_layers", "call", "convertible"]
+__all__ = ["NoiseFeed", "all_layers", "call", "convertible", "drawing", "packed"]
 
 
 class NoiseFeed:
@@ -58,7 +58,7 @@ def call(
     """
     variables = [*model.trainable_variables, *model.non_trainable_variables]
     mapping = list(zip(variables, [*trainable, *fixed], strict=True))
-    fed = inputs[0] if len(inputs) == 1 else _packed(model, inputs)
+    fed = packed(model, inputs)
     with keras.StatelessScope(state_mapping=mapping, collect_losses=True) as scope:
         output = model(fed, training=training)
         penalties = list(model.losses)
@@ -66,14 +66,23 @@ def call(
     return output, new, penalties
 
 
-def _packed(model: Any, inputs: list[Any]) -> Any:
-    """Return `inputs` in the structure that the model was built with: a list or a dict."""
+def packed(model: Any, inputs: list[Any]) -> Any:
+    """Return `inputs` in the structure that the model was built with: one, a list or a dict."""
     structure = getattr(model, "_inputs_struct", None)
     if isinstance(structure, dict):
         names = [tensor.name for tensor in model.inputs]
         by_name = dict(zip(names, inputs, strict=True))
         return {key: by_name[tensor.name] for key, tensor in structure.items()}
-    return inputs
+    return inputs[0] if len(inputs) == 1 else inputs
+
+
+@contextmanager
+def drawing(noise: NoiseFeed) -> Iterator[None]:
+    """Let random layers draw from `noise` inside this block."""
+    with ExitStack() as swaps:
+        for name, draw in _draws(noise).items():
+            swaps.enter_context(_swapped(backend.random, name, draw))
+        yield
 
 
 @contextmanager
@@ -88,8 +97,7 @@ def convertible(model: Any, noise: NoiseFeed, *, present: Any | None = None) -> 
                 swaps.enter_context(_swapped(layer, "unroll", True))
                 if hasattr(layer, "use_cudnn"):
                     swaps.enter_context(_swapped(layer, "use_cudnn", False))
-        for name, draw in _draws(noise).items():
-            swaps.enter_context(_swapped(backend.random, name, draw))
+        swaps.enter_context(drawing(noise))
         for name, function in _PLAIN.items():
             swaps.enter_context(_swapped(backend.numpy, name, function))
         if present is not None:

@@ -130,7 +130,7 @@ def test_an_unknown_field_is_refused() -> None:
         ({"inputs": (TensorSpec("x", "float32", (1 << 20, 1 << 20)),)}, "too large"),
         ({"weights": wire.specs_of(WEIGHTS)[:1] * 2}, "same name"),
         ({"weights": (TensorSpec("w", "int32", (1,)),), "trainable_count": 1}, "must be float32"),
-        ({"label_range": (3, 2)}, "range is empty"),
+        ({"label_range": (3, 2)}, "tensor is empty"),
         ({"noise": (Noise("cauchy", (1,)),)}, "unknown noise"),
         ({"preprocessing": (Window(0, 1),)}, "at least one row"),
         ({"tflite_bytes": -1}, "larger than any"),
