@@ -56,8 +56,9 @@ Size = Annotated[int, Meta(ge=1, le=LIMITS.model_bytes_max)]
 Name = Annotated[str, Meta(min_length=1, max_length=LIMITS.name_chars_max)]
 Sentence = Annotated[str, Meta(max_length=500)]
 Seconds = Annotated[float, Meta(ge=0, le=1e9)]
-# The bounds keep out NaN and infinity: every comparison with NaN is false.
-Finite = Annotated[float, Meta(ge=-1e300, le=1e300)]
+# The bounds hold any float32 and keep out NaN (every comparison with it is false), infinity,
+# and whatever could become infinite in a sum weighted by examples.
+Finite = Annotated[float, Meta(ge=-1e39, le=1e39)]
 Numbers = Annotated[dict[Annotated[str, Meta(max_length=40)], Finite], Meta(max_length=32)]
 
 
