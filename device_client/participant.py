@@ -365,14 +365,21 @@ class Participant:
         return [SendChunks(self._outbox.upload, indices)]
 
     def _receipt(self, ack: Ack) -> list[Effect]:
-        if not self._is_ours(ack.upload):
+        if not self._is_ours(ack.upload) and not self._settled_before(ack):
             return []
         if ack.status in ("resend", "busy"):
-            self._at_s = self._now_s + ack.retry_after_s
+            self._at_s, self._tries = self._now_s + ack.retry_after_s, 0
             self._to_send.clear()
             return []
-        effects = self._leave(f"round {ack.round}: {ack.status} {ack.reason}".rstrip())
-        return effects + self._remember(done=True)
+        # Remembered first: a power cut between the two must not find an empty outbox in a
+        # round that is still to be done.
+        effects = self._remember(done=True)
+        return effects + self._leave(f"round {ack.round}: {ack.status} {ack.reason}".rstrip())
+
+    def _settled_before(self, ack: Ack) -> bool:
+        """Whether a join was answered with the receipt of an update that this disk lost."""
+        final = ack.status in ("accepted", "rejected")
+        return self.state is State.JOINING and ack.round == self.memory.round and final
 
     def _is_ours(self, upload: bytes) -> bool:
         uploading = self.state is State.UPLOADING and self._outbox is not None

@@ -265,7 +265,7 @@ class Hand:
                         self.identity.scope,
                         event.payload,
                         types,
-                    )  # fmt: skip
+                    )
                 )
         self.heard += new
         return new
