@@ -9,9 +9,10 @@ SHELL := /bin/sh
 .DEFAULT_GOAL := help
 .PHONY: help demo test check bench campaign clean mosquitto mosquitto-or-fail python
 
-# TensorFlow Lite's lean runtime exists for Python 3.11 and no newer, so that one comes first.
+# TensorFlow Lite's lean runtime exists for Python 3.11 and no newer, so that one comes first;
+# then those that the demo was tried on; then whatever there is, if it is new enough.
 ifndef PYTHON
-PYTHON := $(shell for each in python3.11 python3 python3.12 python3.13; do \
+PYTHON := $(shell for each in python3.11 python3.12 python3.13 python3; do \
 	"$$each" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
 	&& echo "$$each" && break; done)
 endif
