@@ -86,7 +86,10 @@ class Link(Protocol):
         """Wait until the broker has acknowledged every publish; say whether it did."""
 
     def subscribe(self, filters: Sequence[str]) -> None:
-        """Ask for topics, now and after each reconnect; retained messages are sent again."""
+        """Ask for topics, now and after each reconnect; retained messages are sent again.
+
+        Raises ValueError for what is no filter.
+        """
 
     def unsubscribe(self, filters: Sequence[str]) -> None:
         """Stop asking for topics."""

@@ -18,24 +18,12 @@ from dataclasses import dataclass, field
 from broker_bridge.errors import LinkError
 from broker_bridge.limits import LIMITS
 from broker_bridge.link.base import Connected, Disconnected, LinkEvent, LinkLimits, Message
+from broker_bridge.link.filters import check_filter, check_topic, matches
 
-__all__ = ["MemoryBroker", "MemoryLink", "matches"]
+__all__ = ["MemoryBroker", "MemoryLink"]
 
 _OVERTAKES_MAX = 8      # how many places a message may jump ahead
 _QUEUE_MESSAGES_MAX = 1_000_000
-
-
-def matches(topic_filter: str, topic: str) -> bool:
-    """Whether `topic` falls under `topic_filter` (MQTT 5.0, section 4.7)."""
-    if topic.startswith("$") and topic_filter[:1] in ("+", "#"):
-        return False
-    wanted, levels = topic_filter.split("/"), topic.split("/")
-    for i, level in enumerate(wanted):
-        if level == "#":
-            return True
-        if i >= len(levels) or level not in ("+", levels[i]):
-            return False
-    return len(wanted) == len(levels)
 
 
 @dataclass
@@ -216,8 +204,7 @@ class MemoryLink:
 
     def publish(self, topic: str, payload: bytes, *, retain: bool = False) -> None:
         """Hand a publish to the broker, or queue it while there is no connection."""
-        if not topic or any(c in topic for c in "+#\0"):
-            raise ValueError(f"{topic!r} is not a topic to publish on")
+        check_topic(topic)
         if self._closed:
             raise LinkError(f"the link is closed; nothing was sent to {topic}")
         size = len(topic.encode()) + len(payload) + 8
@@ -239,6 +226,8 @@ class MemoryLink:
 
     def subscribe(self, filters: Sequence[str]) -> None:
         """Ask for topics, now and after each reconnect; retained messages are sent again."""
+        for each in filters:
+            check_filter(each)
         self._filters.update(dict.fromkeys(filters))
         self._given_up = [each for each in self._given_up if each not in self._filters]
         if self._connected:

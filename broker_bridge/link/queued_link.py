@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from broker_bridge.errors import LinkError
 from broker_bridge.limits import LIMITS
 from broker_bridge.link.base import Connected, Disconnected, LinkEvent, LinkLimits, Message
+from broker_bridge.link.filters import check_filter, check_topic
 
 __all__ = ["GOODBYE_S", "MIB", "QueuedLink", "packet_bytes"]
 
@@ -93,7 +94,7 @@ class QueuedLink:
 
     def publish(self, topic: str, payload: bytes, *, retain: bool = False) -> None:
         """Queue a publish and return at once. See `Link.publish`."""
-        _check_topic(topic)
+        check_topic(topic)
         size = packet_bytes(topic, payload, protocol=self._limits.protocol)
         with self._changed:
             self._raise_crash()
@@ -119,6 +120,8 @@ class QueuedLink:
 
     def subscribe(self, filters: Sequence[str]) -> None:
         """Ask for topics, now and after each reconnect; retained messages are sent again."""
+        for each in filters:
+            check_filter(each)
         with self._changed:
             self._raise_crash()
             for each in filters:
@@ -297,9 +300,3 @@ class QueuedLink:
         # A full pipe wakes the thread just as well, and a closed one needs no waking.
         with contextlib.suppress(BlockingIOError, OSError):
             self._wake_write.send(b"\0")
-
-
-def _check_topic(topic: str) -> None:
-    """Raise ValueError for a topic no broker can take: that is the caller's bug."""
-    if not topic or len(topic.encode()) > 65_535 or any(c in topic for c in "+#\0"):
-        raise ValueError(f"{topic!r} is not a topic to publish on")

@@ -346,6 +346,12 @@ def test_a_topic_that_no_broker_takes_is_a_bug_of_the_caller(engine, topic):
         connected(engine).publish(topic, b"")
 
 
+@pytest.mark.parametrize("wrong", ["", "a#", "a/#/b", "a+/b", "++", "a\0b"])
+def test_a_filter_that_no_broker_takes_is_a_bug_of_the_caller(engine, wrong):
+    with pytest.raises(ValueError, match="not a filter"):
+        connected(engine).subscribe([wrong])
+
+
 def test_wake_ends_a_receive_early(engine):
     link = connected(engine)
     link.wake()
