@@ -10,7 +10,8 @@ It survives a kill of this process, but a power cut can leave a chunk torn, with
 in place. So whoever opens an update checks every tag, as it must anyway, and calls
 `forget` for a chunk that does not open; it is then missing, and asked for again.
 
-One process uses the folder. Chunks are stored as they came: nothing here can read them.
+One thread of one process uses the folder. Chunks are stored as they came: nothing here
+can read them.
 """
 
 import contextlib
@@ -18,6 +19,7 @@ import os
 import re
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,6 +36,7 @@ __all__ = ["Spool"]
 
 _NAME = re.compile(rf"([0-9a-f]{{{2 * TRANSFER_ID_BYTES}}})\.update")
 _HANDLES_MAX = 64
+_SYNCS_AT_ONCE = 16  # fewer than _HANDLES_MAX: none of their files is closed meanwhile
 _HEADER_BYTES = 24
 
 
@@ -121,10 +124,14 @@ class Spool:
         held = self._held[upload]
         return [i for i in range(held.layout.count) if i not in held.present]
 
+    def lacks(self, upload: bytes) -> int:
+        """How many chunks are not there; cheap, for asking after each chunk."""
+        held = self._held[upload]
+        return held.layout.count - len(held.present)
+
     def complete(self, upload: bytes) -> bool:
         """Whether every chunk is there (each may still turn out to be torn or forged)."""
-        held = self._held[upload]
-        return len(held.present) == held.layout.count
+        return self.lacks(upload) == 0
 
     def present(self, upload: bytes, layout: Layout) -> set[int]:
         """The chunks whose header is in its place on disk; none when there is no file."""
@@ -151,30 +158,46 @@ class Spool:
         Raises DiskFullError or LocalError; then nothing is promised for any of them, and
         the chunks of the one that failed are missing again.
         """
-        for upload in uploads:
-            if not self._held[upload].clean:
-                self._sync_one(upload)
+        waiting = [upload for upload in uploads if not self._held[upload].clean]
+        for start in range(0, len(waiting), _SYNCS_AT_ONCE):
+            self._sync_files(waiting[start : start + _SYNCS_AT_ONCE])
         if not self._names_synced:
             sync_folder(self.folder)
             self._names_synced = True
 
-    def _sync_one(self, upload: bytes) -> None:
+    def _sync_files(self, uploads: list[bytes]) -> None:
+        # All at once: the file system then puts them into one commit of its journal, where
+        # one after the other would wait for one commit each. The pool is gone with the block.
+        handles = [self._open(upload) for upload in uploads]
+        if len(handles) == 1:
+            errors = [_fdatasync(handles[0])]
+        else:
+            with ThreadPoolExecutor(len(handles)) as pool:
+                errors = list(pool.map(_fdatasync, handles))
+        outcome = dict(zip(uploads, errors, strict=True))
+        for upload, error in outcome.items():
+            self._synced(upload) if error is None else self._distrust(upload)
+        for upload, error in outcome.items():
+            if error is not None:
+                with disk_errors(self._path(upload)):
+                    raise error
+
+    def _synced(self, upload: bytes) -> None:
         held = self._held[upload]
-        try:
-            # A handle that was closed since the write is opened again: the kernel reports
-            # a failed write-back to it all the same (Linux ≥ 4.16).
-            with disk_errors(self._path(upload)):
-                os.fdatasync(self._open(upload))
-        except LocalError:
-            # The kernel may have let go of the pages, and would call a second sync a success
-            # without writing them. What is put again is written again.
-            with contextlib.suppress(LocalError):
-                for index in sorted(held.fresh):
-                    self.forget(upload, index)
-            held.present.clear()
-            raise
         held.fresh.clear()
         held.clean = True
+
+    def _distrust(self, upload: bytes) -> None:
+        """Ask for every chunk again after a sync that failed.
+
+        The kernel may have let go of the pages, and would call a second sync a success
+        without writing them. What is put again is written again.
+        """
+        held = self._held[upload]
+        with contextlib.suppress(LocalError):
+            for index in sorted(held.fresh):
+                self.forget(upload, index)
+        held.present.clear()
 
     def drop(self, upload: bytes) -> None:
         """Remove an upload, if it is here. It may be back after a power cut: see `clear`."""
@@ -224,6 +247,16 @@ class Spool:
         else:
             self._handles.move_to_end(upload)
         return fd
+
+
+def _fdatasync(fd: int) -> OSError | None:
+    # On a handle that was opened again since the write, the kernel reports a failed
+    # write-back all the same (Linux ≥ 4.16).
+    try:
+        os.fdatasync(fd)
+    except OSError as error:
+        return error
+    return None
 
 
 def _start(layout: Layout, index: int) -> int:

@@ -12,6 +12,8 @@ import os
 import shutil
 import signal
 import sys
+import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
@@ -39,17 +41,18 @@ CALLS = {
 }  # fmt: skip
 
 
-def watched(act: Callable[[str], None]) -> Callable[[FrameType, str, Any], None]:
-    """A profiler that calls `act` before each of CALLS.
+def watch(act: Callable[[str], None] | None) -> None:
+    """Call `act` before each of CALLS, in this thread and those it starts; None ends it.
 
-    After one and before the next are the same to a disk: nothing is written in between.
+    After one call and before the next are the same to a disk: nothing is written in between.
     """
 
     def profile(frame: FrameType, event: str, function: Any) -> None:
-        if event == "c_call" and function.__name__ in CALLS:
+        if event == "c_call" and act is not None and function.__name__ in CALLS:
             act(function.__name__)
 
-    return profile
+    threading.setprofile(profile if act else None)  # type: ignore[arg-type]
+    sys.setprofile(profile if act else None)
 
 
 def killed_at(number: int, scenario: Scenario) -> bool:
@@ -66,11 +69,11 @@ def killed_at(number: int, scenario: Scenario) -> bool:
 
         status = 1
         try:
-            sys.setprofile(watched(act))
+            watch(act)
             scenario()
             status = 0
         finally:
-            sys.setprofile(None)
+            watch(None)
             os._exit(status)
     _, result = os.waitpid(child, 0)
     if os.WIFSIGNALED(result):
@@ -81,12 +84,12 @@ def killed_at(number: int, scenario: Scenario) -> bool:
 
 
 def every_crash(
-    tmp_path: Path, scenario: Callable[[Path], None], *, start: Path | None = None
+    parent: Path, scenario: Callable[[Path], None], *, start: Path | None = None
 ) -> Iterator[Path]:
     """The folder, at first a copy of `start`, as it is after a kill at each point there is."""
     number = 1
     while True:
-        folder = tmp_path / str(number)
+        folder = parent / str(number)
         if start:
             shutil.copytree(start, folder)
         else:
@@ -98,10 +101,20 @@ def every_crash(
     assert number > 5
 
 
+@pytest.fixture
+def scratch() -> Iterator[Path]:
+    """A folder in memory where there is one: a kill takes nothing from the kernel either way,
+    and a thousand syncs cost nothing."""
+    memory = Path("/dev/shm")
+    place = memory if os.access(memory, os.W_OK) else None
+    with tempfile.TemporaryDirectory(dir=place, prefix="midge-test-") as folder:
+        yield Path(folder)
+
+
 # ── One file ────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_file_is_the_old_one_or_the_new_one(tmp_path: Path) -> None:
+def test_a_file_is_the_old_one_or_the_new_one(scratch: Path) -> None:
     old, new = b"old" * 1000, b"new!" * 1000
 
     def scenario(folder: Path) -> None:
@@ -109,7 +122,7 @@ def test_a_file_is_the_old_one_or_the_new_one(tmp_path: Path) -> None:
         write_atomic(folder / "file", new)
 
     seen = set()
-    for folder in every_crash(tmp_path, scenario):
+    for folder in every_crash(scratch, scenario):
         path = folder / "file"
         found = path.read_bytes() if path.exists() else b""
         assert found in {b"", old, new}
@@ -120,8 +133,8 @@ def test_a_file_is_the_old_one_or_the_new_one(tmp_path: Path) -> None:
     assert seen == {b"", old, new}
 
 
-def test_a_database_is_made_whole_or_not_yet(tmp_path: Path) -> None:
-    for folder in every_crash(tmp_path, lambda folder: Database(folder / "db").close()):
+def test_a_database_is_made_whole_or_not_yet(scratch: Path) -> None:
+    for folder in every_crash(scratch, lambda folder: Database(folder / "db").close()):
         database = Database(folder / "db")
         with database.transaction() as tx:
             assert tx.next_boot() == 1
@@ -286,8 +299,8 @@ def check_promises(folder: Path) -> None:
     db.close()
 
 
-def test_a_round_ends_in_the_same_bits_wherever_it_is_killed(tmp_path: Path) -> None:
-    start, undisturbed = tmp_path / "start", tmp_path / "undisturbed"
+def test_a_round_ends_in_the_same_bits_wherever_it_is_killed(scratch: Path) -> None:
+    start, undisturbed = scratch / "start", scratch / "undisturbed"
     start.mkdir()
     database = Database(start / "db")
     open_the_round(database)
@@ -296,7 +309,7 @@ def test_a_round_ends_in_the_same_bits_wherever_it_is_killed(tmp_path: Path) -> 
     whole_round(undisturbed)
     expected = (undisturbed / "m" / "000001.weights").read_bytes()
     promises = set()
-    for folder in every_crash(tmp_path, whole_round, start=start):
+    for folder in every_crash(scratch, whole_round, start=start):
         check_promises(folder)
         promises.add(len(promised(folder)))
         whole_round(folder)
@@ -307,9 +320,9 @@ def test_a_round_ends_in_the_same_bits_wherever_it_is_killed(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("first", [20, 45, 70, 95])
 def test_a_round_that_is_killed_again_and_again_ends_in_the_same_bits(
-    tmp_path: Path, first: int
+    scratch: Path, first: int
 ) -> None:
-    undisturbed, folder = tmp_path / "undisturbed", tmp_path / "killed"
+    undisturbed, folder = scratch / "undisturbed", scratch / "killed"
     for path in (undisturbed, folder):
         path.mkdir()
     whole_round(undisturbed)
@@ -322,14 +335,14 @@ def test_a_round_that_is_killed_again_and_again_ends_in_the_same_bits(
     ).read_bytes()
 
 
-def test_the_disk_is_asked_before_anything_is_promised(tmp_path: Path) -> None:
+def test_the_disk_is_asked_before_anything_is_promised(scratch: Path) -> None:
     """Each chunk is written, then synced, then committed, and only then is a receipt out."""
     calls: list[str] = []
-    sys.setprofile(watched(calls.append))
+    watch(calls.append)
     try:
-        whole_round(tmp_path)
+        whole_round(scratch)
     finally:
-        sys.setprofile(None)
+        watch(None)
     receipt = calls.index("write")
     last_chunk = _last(calls[:receipt], "pwrite")
     synced, commit = calls[last_chunk:receipt], _last(calls[:receipt], "commit")

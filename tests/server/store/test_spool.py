@@ -70,6 +70,7 @@ def test_chunks_in_any_order_with_restarts_anywhere(
             spool.close()
             spool = reopened(spool)
         assert spool.missing(UPLOAD) == sorted(set(range(LAYOUT.count)) - there)
+        assert spool.lacks(UPLOAD) == LAYOUT.count - len(there)
         assert spool.complete(UPLOAD) == (len(there) == LAYOUT.count)
         assert spool.present(UPLOAD, LAYOUT) == there
     for index in spool.missing(UPLOAD):
