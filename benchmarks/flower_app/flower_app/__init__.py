@@ -1,0 +1,1 @@
+"""The app that benchmarks/flower.py has Flower run."""
