@@ -38,8 +38,8 @@ check: .venv-dev/.ready  ## lint, formatting and types
 	@echo "mypy --strict";       .venv-dev/bin/mypy --strict
 
 bench: .venv/.ready mosquitto-or-fail  ## print every benchmark's table
-	@for each in benchmarks/*.py; do \
-		echo; echo "$$each"; .venv/bin/python "$$each" $(ARGS) || exit 1; \
+	@for each in benchmarks/bench_*.py; do \
+		.venv/bin/python -m "benchmarks.$$(basename "$$each" .py)" $(ARGS) || exit 1; \
 	done
 
 campaign: .venv-dev/.ready mosquitto-or-fail  ## run the long random tests that `test` leaves out
