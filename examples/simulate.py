@@ -47,7 +47,13 @@ def wearables(held_out: str = "9,10") -> Fleet:
     return Fleet(devices, f"{_HERE}/wearables/source.py:people?ids={held_out}", rounds=20)
 
 
-FLEETS = {"wearables": wearables}
+def digits() -> Fleet:
+    """Ten devices of two shards each: most have never seen most digits."""
+    source = f"{_HERE}/digits/source.py"
+    return Fleet(tuple(f"{source}:device?id={n}" for n in range(1, 11)), f"{source}:test", 30)
+
+
+FLEETS = {"wearables": wearables, "digits": digits}
 
 
 def average(updates: Sequence[tuple[Weights, int]]) -> dict[str, NDArray[Any]]:

@@ -16,6 +16,7 @@ from typing import Any
 import click
 import numpy as np
 
+from broker_bridge.console import run_command
 from broker_bridge.errors import LocalError
 from broker_bridge.task.samples import Samples
 from broker_bridge.task.taskfile import Task
@@ -242,3 +243,7 @@ def _brief(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(map(_brief, value))
     return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+if __name__ == "__main__":
+    run_command(task, "midge task")
