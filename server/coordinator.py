@@ -56,6 +56,7 @@ from server.events import (
     Evaluate,
     Evaluated,
     Event,
+    Forget,
     Inited,
     Joined,
     MarkPaused,
@@ -77,6 +78,8 @@ from server.events import (
 )
 
 __all__ = ["Coordinator", "Phase"]
+
+_REASON_CHARS_MAX = 500  # what an `Ack` takes
 
 
 class Phase(Enum):
@@ -197,12 +200,18 @@ class Coordinator:
         now_s: float,
         elapsed_s: float = 0.0,
         paused: bool = False,
-    ) -> None:
-        """Take up a run that was open when the server died, and its open round if it had one."""
+        last: RoundSummary | None = None,
+        server_evaluates: bool = False,
+    ) -> list[Effect]:
+        """Take up a run that was open when the server died, and say what to do.
+
+        `opened` is its open round, if it had one; if not, `last` is its newest round, if
+        that one made a model.
+        """
         self.run, self._now_s, self.paused = run, now_s, paused
         self.phase, self.detail = Phase.GATHERING, "going on after a restart"
         if opened is None:
-            return
+            return [] if last is None else self._take_up_measuring(last, server_evaluates)
         self._begin(opened)
         assert self._round is not None  # noqa: S101 - _begin made it
         self._round.opened_s = now_s - min(elapsed_s, opened.announcement.deadline_s)
@@ -210,6 +219,17 @@ class Coordinator:
             self._round.joined.add(upload.device)
             self._round.uploads[upload.device] = upload
             self._by_upload[upload.upload] = upload
+        return []
+
+    def _take_up_measuring(self, last: RoundSummary, server_evaluates: bool) -> list[Effect]:
+        """The server died between a new model and the decision whether it is good enough."""
+        self.last, self._model_version = last, last.model_version
+        self._server_evaluates = server_evaluates
+        self.phase, self.detail = Phase.EVALUATING, f"measuring model {last.model_version}"
+        self._evaluation_until_s = self._now_s + self.rules.evaluation_wait_s
+        if last.evaluation:
+            return self._decide(last.evaluation, last.evaluation_examples, last.evaluated_by)
+        return [Evaluate(last.model_version)] if server_evaluates else []
 
     # ── one step ────────────────────────────────────────────────────────────────────────
 
@@ -230,7 +250,8 @@ class Coordinator:
                 self._presence[device] = presence
                 return []
             case Opened():
-                self._begin(event)
+                if self.phase is Phase.OPENING:
+                    self._begin(event)
                 return []
             case Joined():
                 return self._joined(event)
@@ -296,6 +317,8 @@ class Coordinator:
         return [StartRun(command, run)]
 
     def _started(self, run: Run) -> list[Effect]:
+        if self.run is not None:
+            return []
         self.run, self.phase, self.paused = run, Phase.GATHERING, False
         self.detail = "waiting for devices"
         return self._tick()
@@ -398,7 +421,7 @@ class Coordinator:
             if place is not None:
                 attempt = place.attempt + 1
                 self._by_upload.pop(place.upload)
-                effects.append(Refuse(device, place.upload, "replaced by a new attempt"))
+                effects.append(Forget(place.upload))
             if attempt >= len(event.uploads):
                 busy = Busy(round=join.round, retry_after_s=-1, reason="too many attempts")
                 return [*effects, Send(device, busy)]
@@ -488,7 +511,7 @@ class Coordinator:
 
     def _reject(self, place: Upload, kind: str, reason: str) -> list[Effect]:
         self.rejects[kind] += 1
-        place.status, place.reason = "rejected", reason
+        place.status, place.reason = "rejected", reason[:_REASON_CHARS_MAX]
         assert self._round is not None  # noqa: S101 - a place is in a round
         return [
             Refuse(place.device, place.upload, reason),
@@ -521,10 +544,7 @@ class Coordinator:
         if place is None or this is None or place.status != "accepting":
             return []
         place.status = "accepted"
-        effects = self._final(this, place)
-        if len(this.accepted) >= this.target and not this.count("accepting"):
-            effects += self._close()
-        return effects
+        return self._final(this, place) + self._close_if_reached(this)
 
     def _refused(self, event: Refused) -> list[Effect]:
         place, this = self._by_upload.get(event.upload), self._round
@@ -532,16 +552,22 @@ class Coordinator:
             return []
         if event.status == "rejected":
             kind, _, reason = event.reason.partition(": ")
-            return self._reject(place, kind, reason or kind)
+            return self._reject(place, kind, reason or kind) + self._close_if_reached(this)
         place.status = "going"
         ack = Ack(
             round=this.announcement.round,
             upload=event.upload,
             status=event.status,
-            reason=event.reason,
+            reason=event.reason[:_REASON_CHARS_MAX],
             retry_after_s=self.rules.retry_after_s,
         )
-        return [Send(place.device, ack)]
+        return [Send(place.device, ack), *self._close_if_reached(this)]
+
+    def _close_if_reached(self, this: _Round) -> list[Effect]:
+        """Close at the target, once no update is between disk and sum."""
+        if len(this.accepted) >= this.target and not this.count("accepting"):
+            return self._close()
+        return []
 
     # ── the end of a round ──────────────────────────────────────────────────────────────
 
@@ -551,7 +577,7 @@ class Coordinator:
         assert run is not None  # noqa: S101
         inits = [u.init for u in this.accepted if u.init is not None]
         examples = sum(i.examples for i in inits)
-        losses = [i.metrics["loss"] * i.examples for i in inits if "loss" in i.metrics]
+        losses = [i.metrics["loss"] * (i.examples / examples) for i in inits if "loss" in i.metrics]
         return RoundSummary(
             federation=self.federation,
             run=run.id,
@@ -566,7 +592,7 @@ class Coordinator:
             target=this.target,
             quorum=this.quorum,
             examples=examples,
-            train_loss=sum(losses) / examples if losses and examples else None,
+            train_loss=sum(losses) if losses else None,
             update_bytes=this.update_bytes,
             round_s=self._now_s - this.opened_s,
             train_s_max=max((i.train_s for i in inits), default=0.0),
@@ -655,7 +681,8 @@ def _weighted(reports: Mapping[str, Report]) -> tuple[dict[str, float], int]:
     examples = sum(r.examples for r in reports.values())
     names = set.intersection(*(set(r.metrics) for r in reports.values()))
     return {
-        name: sum(r.metrics[name] * r.examples for r in reports.values()) / examples
+        # Shares first: a sum of products could leave the range of a float.
+        name: sum(r.metrics[name] * (r.examples / examples) for r in reports.values())
         for name in sorted(names)
     }, examples
 
@@ -663,7 +690,8 @@ def _weighted(reports: Mapping[str, Report]) -> tuple[dict[str, float], int]:
 def _good_enough(until: Until | None, metrics: Mapping[str, float]) -> bool:
     if until is None or not metrics:
         return False
-    if until.accuracy is not None and metrics.get("accuracy", 0.0) < until.accuracy:
+    # Written so that NaN, of which every comparison is false, is never good enough.
+    if until.accuracy is not None and not metrics.get("accuracy", 0.0) >= until.accuracy:
         return False
     return until.loss is None or metrics.get("loss", float("inf")) <= until.loss
 

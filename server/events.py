@@ -40,6 +40,7 @@ __all__ = [
     "Evaluate",
     "Evaluated",
     "Event",
+    "Forget",
     "Inited",
     "Joined",
     "MarkPaused",
@@ -300,6 +301,13 @@ class Refuse:
 
 
 @dataclass(frozen=True)
+class Forget:
+    """Drop what was stored of an attempt that its device replaced by another."""
+
+    upload: bytes
+
+
+@dataclass(frozen=True)
 class CloseRound:
     """Make the new model, write it and the round's end down, announce it, then say Closed."""
 
@@ -352,6 +360,7 @@ Effect = (
     | BeginUpload
     | Accept
     | Refuse
+    | Forget
     | CloseRound
     | AbandonRound
     | Evaluate

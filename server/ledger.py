@@ -83,6 +83,7 @@ class Restored:
     uploads: list[Upload]
     elapsed_s: float
     paused: bool
+    last: RoundSummary | None = None  # of the run's newest round, if that one made a model
 
 
 class Ledger:
@@ -117,8 +118,10 @@ class Ledger:
 
         Raises LocalError with a sentence for the operator.
         """
-        task = self._load(self._named(run.task))
-        name = task.plan.task.name
+        path = self._named(run.task)
+        task = self._load(path)
+        # By the file's name, as the operator named it: `restore` looks for the file again.
+        name = path.stem
         with self.db.transaction() as tx:
             model = tx.latest_model(task.plan.digest)
             if model is None:
@@ -417,6 +420,12 @@ class Ledger:
                 tx.add_receipt(self._receipt(device, incoming.init, "rejected", reason[:500]))
         self._spool.drop(upload)
 
+    def forget(self, upload: bytes) -> None:
+        """Drop what was stored of an attempt that its device replaced by another."""
+        if self._open is not None:
+            self._open.uploads.pop(upload, None)
+        self._spool.drop(upload)
+
     # ── the end of a round ──────────────────────────────────────────────────────────────
 
     def close_round(self, summary: RoundSummary) -> tuple[int, bytes]:
@@ -507,13 +516,27 @@ class Ledger:
         )  # fmt: skip
         if this is None or this.round_key is None:
             self._spool.clear()
-            return Restored(found, None, [], 0.0, run.status == "paused")
+            return Restored(found, None, [], 0.0, run.status == "paused", self._last(run.id))
         payload = verify(self.keys.sign.public, f"round {self.keys.federation}", this.announcement)
         announcement: Announcement = messages.decode(payload, Announcement)
         opened = self._begin(announcement, this.announcement, this.round_key)
         uploads = self._take_up(receipts)
         elapsed = max(0.0, self._clock() - this.opened_at)
         return Restored(found, opened, uploads, elapsed, run.status == "paused")
+
+    def _last(self, run_id: int) -> RoundSummary | None:
+        """The run's newest round and how its model did, unless that round made no model."""
+        with self.db.reading() as tx:
+            ended = tx.rounds_of(run_id)[-1:]
+            version = ended[0].model_after if ended else None
+            model = None if version is None else tx.model(version)
+        if model is None:
+            return None
+        return msgspec.structs.replace(
+            msgspec.json.decode(ended[0].summary_json, type=RoundSummary),
+            model_version=model.version,
+            evaluation=msgspec.json.decode(model.metrics_json, type=dict[str, float]),
+        )
 
     def _take_up(self, receipts: Iterable[rows.Receipt]) -> list[Upload]:
         """Sum the updates that have a receipt, from their sealed chunks on disk."""

@@ -129,8 +129,10 @@ class Service:
     def _handle(self, happened: Iterable[ev.Event]) -> None:
         todo = deque(happened)
         while todo:
-            for effect in self._coordinator.step(todo.popleft()):
-                todo.extend(self._perform(effect))
+            todo.extend(self._carry_out(self._coordinator.step(todo.popleft())))
+
+    def _carry_out(self, effects: Iterable[ev.Effect]) -> list[ev.Event]:
+        return [event for effect in effects for event in self._perform(effect)]
 
     def _count(self, error: PeerError, topic: str) -> None:
         rejects = self._coordinator.rejects
@@ -227,6 +229,8 @@ class Service:
                 self._to_accept.append(effect)
             case ev.Refuse(device, upload, reason):
                 self._ledger.refuse(device, upload, reason)
+            case ev.Forget(upload):
+                self._ledger.forget(upload)
             case ev.Respond(reply):
                 self._respond(reply)
             case ev.StartRun(command, run):
@@ -373,15 +377,17 @@ class Service:
         if found is None:
             return
         log.info("going on with run %d of task %s", found.run.id, found.run.task)
-        self._coordinator.restore(
-            found.run, found.opened, found.uploads, now_s=self._clock(),
-            elapsed_s=found.elapsed_s, paused=found.paused,
-        )  # fmt: skip
         self._evaluator = self._make_evaluator()
         self._retain("task")
         self._retain("model")
         if found.opened is not None:
             self._announce(self._ledger.sign(found.opened.announcement))
+        effects = self._coordinator.restore(
+            found.run, found.opened, found.uploads, now_s=self._clock(),
+            elapsed_s=found.elapsed_s, paused=found.paused, last=found.last,
+            server_evaluates=self._evaluator is not None,
+        )  # fmt: skip
+        self._handle(self._carry_out(effects))
 
 
 def _how_to_command(error: PeerError) -> str:

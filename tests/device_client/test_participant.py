@@ -264,10 +264,13 @@ def test_the_retained_announcement_again_changes_nothing(state: State) -> None:
     assert made.state is state
 
 
-def test_a_replayed_announcement_is_ignored() -> None:
-    made = device(Memory(round=5, digest=b"x" * 32, done=True))
+@pytest.mark.parametrize("done", [True, False])
+@pytest.mark.parametrize("role", ["train", "evaluate"])
+def test_a_replayed_announcement_is_ignored(role: str, done: bool) -> None:
+    made = device(Memory(round=5, digest=b"x" * 32, done=done), role=role)
     for stale in (opening(4), closing(4), opening(1)):
         assert made.step(stale) == []
+    assert made.state is State.IDLE
     assert made.memory.round == 5
 
 
@@ -488,6 +491,12 @@ def test_an_outbox_of_a_round_that_closed_meanwhile_is_emptied() -> None:
 def test_an_outbox_whose_round_is_done_is_emptied_at_once() -> None:
     made = device(Memory(round=1, digest=ROUND.digest, done=True))
     assert made.step(Sealed(commit_for(ROUND))) == [Discard(UPLOAD)]
+
+
+def test_an_outbox_is_emptied_by_a_device_that_trains_no_longer() -> None:
+    made = device(at(State.UPLOADING).memory, role="evaluate")
+    made.step(Sealed(commit_for(ROUND)))
+    assert made.step(opening(2))[0] == Discard(UPLOAD)
 
 
 # ── A device that holds its data out ────────────────────────────────────────────────────
