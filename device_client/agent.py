@@ -1,30 +1,20 @@
 """The device's loop: receive, step, perform. It holds no rules about rounds.
 
-One thread owns the link, the disk and the participant. Training runs in a second one,
-so that the broker is answered while it goes on, and is stopped between two steps.
+One thread owns the link, the disk and the participant; training runs beside it, on the
+workbench, so that the broker is answered while it goes on.
 What a message says is believed only after its signature was verified, here.
 """
 
-import hashlib
 import logging
-import queue
-import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import msgspec
-import numpy as np
-from numpy.typing import NDArray
-
-from broker_bridge.disk import disk_errors, write_atomic
 from broker_bridge.errors import LinkError, LocalError, PeerError
 from broker_bridge.link.base import Connected, Disconnected, Link, LinkEvent, Message
-from broker_bridge.task.runtime import TaskRuntime
-from broker_bridge.task.taskfile import Plan, Training, decode_plan
+from broker_bridge.task.taskfile import Plan
 from broker_bridge.wire import blobs, messages, weights
 from broker_bridge.wire.chunks import Reassembler
 from broker_bridge.wire.envelope import KEY_BYTES, KemKey, random_bytes, sha256, verify
@@ -37,18 +27,17 @@ from broker_bridge.wire.messages import (
     Init,
     Need,
     Presence,
-    Settings,
 )
 from broker_bridge.wire.topics import DownTopic, Topics
 from broker_bridge.wire.update import Binding, seal_update
 from device_client import events as ev
-from device_client.data import load_samples
 from device_client.identity import Identity
+from device_client.journal import Journal
 from device_client.outbox import Outbox
 from device_client.participant import Participant, State
-from device_client.trainer import Progress, Trained, Trainer
+from device_client.workbench import Background, LocalTrainer, ThreadBackground, Workbench
 
-__all__ = ["Agent", "Journal"]
+__all__ = ["Agent"]
 
 log = logging.getLogger("midge.device")
 
@@ -64,46 +53,6 @@ _PRESENCE: dict[State, Literal["ready", "training", "uploading"]] = {
 }
 _DETAIL_CHARS_MAX = 500  # what `Presence` takes; the log has the whole sentence
 _DOWN = {"go": Go | Busy, "need": Need, "ack": Ack}
-
-
-class Journal:
-    """What a device writes down beside its identity: rounds seen, and how often it started."""
-
-    def __init__(self, folder: Path) -> None:
-        self._memory = folder / "rounds.json"
-        self._boots = folder / "boots"
-        self.folder = folder
-
-    def memory(self) -> ev.Memory:
-        """The highest round seen, and how far it went."""
-        if not self._memory.exists():
-            return ev.Memory()
-        try:
-            return msgspec.json.decode(self._memory.read_bytes(), type=ev.Memory)
-        except msgspec.MsgspecError as error:
-            raise LocalError(
-                f"{self._memory} is damaged ({error}); restore it from a backup: without it "
-                "an old announcement could be replayed to this device"
-            ) from None
-
-    def remember(self, memory: ev.Memory) -> None:
-        """Write it down; when this returns, it survives."""
-        write_atomic(self._memory, msgspec.json.encode(memory))
-
-    def show(self, presence: Presence) -> None:
-        """Leave the present state where `midge-device status` reads it. Need not survive."""
-        path = self.folder / "status.json"
-        fresh = path.with_suffix(".new")
-        with disk_errors(path):
-            fresh.write_bytes(messages.encode_json(presence))
-            fresh.replace(path)
-
-    def boot(self) -> int:
-        """Count one more start of the process, and say which it is."""
-        text = self._boots.read_text() if self._boots.exists() else "0"
-        number = int(text) + 1 if text.isdecimal() else 1
-        write_atomic(self._boots, str(number).encode())
-        return number
 
 
 @dataclass(frozen=True)
@@ -123,24 +72,26 @@ class Agent:
         link: Link,
         *,
         journal: Journal,
-        data: str,
+        load: Callable[[Plan], LocalTrainer],
         role: Literal["train", "evaluate"] = "train",
-        threads: int = 1,
         boot: int,
         clock: Callable[[], float] = time.monotonic,
         draw: Callable[[], float],
-        on_progress: Callable[[Progress], None] = lambda _: None,
+        background: Background | None = None,
     ) -> None:
         self.identity = identity
         self.rejects: Counter[str] = Counter()
         self._topics = Topics(identity.federation)
         self._link = link
         self._journal = journal
-        self._data = data
-        self._threads = threads
         self._boot = boot
         self._clock = clock
-        self._on_progress = on_progress
+        self._bench = Workbench(
+            journal.folder,
+            scope=identity.scope,
+            load=load,
+            background=background or ThreadBackground(link.wake),
+        )
         self._outbox = Outbox(journal.folder / "outbox")
         self._participant = Participant(
             identity.device,
@@ -153,13 +104,6 @@ class Agent:
         self._shard = 0
         self._shown: Presence | None = None
         self._collecting: dict[str, _Collected] = {}
-        self._model: tuple[bytes, dict[str, NDArray[Any]]] | None = None
-        self._plan: Plan | None = None
-        self._trainer: Trainer | None = None
-        self._trained: Trained | None = None
-        self._worker: threading.Thread | None = None
-        self._stop_work = threading.Event()
-        self._results: queue.SimpleQueue[Callable[[], list[ev.Event]]] = queue.SimpleQueue()
 
     # ── the loop ────────────────────────────────────────────────────────────────────────
 
@@ -189,8 +133,7 @@ class Agent:
         happened: list[ev.Event] = [ev.Tick(self._clock())]
         if event is not None:
             happened += self._understand(event)
-        while not self._results.empty():
-            happened += self._results.get()()
+        happened += self._bench.background.finished()
         self._handle(happened)
         self._handle([ev.Room(self._link.room())])
         if isinstance(event, Message):
@@ -266,12 +209,29 @@ class Agent:
             raise
         if not complete:
             return [ev.Fetching()]
-        del self._collecting[kind]
-        self._link.unsubscribe([self._filter(kind)])
-        return self._fetched(kind, wanted.blob, blobs.finish(wanted.blob, wanted.pieces))
+        try:
+            content = blobs.finish(wanted.blob, wanted.pieces)
+        except PeerError:
+            self._begin_collecting(kind, wanted.blob)  # from the start; it is asked for again
+            raise
+        self._stop_collecting(kind)
+        return self._fetched(kind, wanted.blob, content)
+
+    def _begin_collecting(self, kind: str, blob: Blob) -> None:
+        pieces = blobs.collector(blob, fleet_key=self.identity.fleet_key)
+        self._collecting[kind] = _Collected(blob, pieces)
+
+    def _stop_collecting(self, kind: str) -> None:
+        if self._collecting.pop(kind, None) is not None:
+            self._link.unsubscribe([self._filter(kind)])
 
     def _filter(self, kind: str) -> str:
         return self._topics.all_tasks if kind == "task" else self._topics.all_models
+
+    def _stop(self, reason: str) -> None:
+        for kind in list(self._collecting):
+            self._stop_collecting(kind)
+        self._bench.stop(reason)
 
     # ── what is to be done ──────────────────────────────────────────────────────────────
 
@@ -286,9 +246,9 @@ class Agent:
             case ev.Fetch(kind, blob):
                 return self._fetch(kind, blob)
             case ev.Train(number, settings):
-                return self._train(number, settings)
+                return self._bench.train(number, settings)
             case ev.Evaluate(version):
-                return self._evaluate(version)
+                return self._bench.evaluate(self._participant.round, version)
             case ev.Seal(announcement, digest, go):
                 return self._seal(announcement, digest, go)
             case ev.Discard():
@@ -318,16 +278,15 @@ class Agent:
     # ── task and model ──────────────────────────────────────────────────────────────────
 
     def _fetch(self, kind: Literal["task", "model"], blob: Blob) -> list[ev.Event]:
-        if kind == "model" and self._model is not None and self._model[0] == blob.digest:
+        if kind == "model" and self._bench.has_model(blob.digest):
             return [ev.Fetched("model", blob.digest)]
-        cached = self._cached(blob.digest)
-        if kind == "task" and cached is not None:
-            return self._fetched(kind, blob, cached)
+        stored = self._bench.stored_task(blob.digest) if kind == "task" else None
+        if stored is not None:
+            return self._fetched(kind, blob, stored)
         try:
-            pieces = blobs.collector(blob, fleet_key=self.identity.fleet_key)
+            self._begin_collecting(kind, blob)
         except PeerError as error:
             return [ev.Failed(self._participant.round, str(error))]
-        self._collecting[kind] = _Collected(blob, pieces)
         self._link.subscribe([self._filter(kind)])
         return []
 
@@ -335,135 +294,25 @@ class Agent:
         """Take in a task or model whose digest is the announced one."""
         try:
             if kind == "task":
-                self._use_task(decode_plan(content), content)
+                self._bench.use_task(content)
+                self._participant.samples = self._bench.samples
                 return [ev.Fetched("task", blob.digest)]
-            found = weights.decode(content)
-            if self._plan is not None:
-                weights.check(found, self._plan.task.weights)
-            self._model = (blob.digest, found)
+            self._bench.use_model(blob.digest, content)
             return [ev.Fetched("model", blob.digest)]
         except (PeerError, LocalError) as error:
             # Signed by our server and still unusable here: say so, sit this round out.
             log.error("cannot use the announced %s: %s", kind, error)
             return [ev.Failed(self._participant.round, str(error))]
 
-    def _use_task(self, plan: Plan, content: bytes) -> None:
-        if self._plan is not None and self._plan.digest == plan.digest:
-            return
-        runtime = TaskRuntime(plan, num_threads=self._threads)
-        samples = load_samples(self._data, plan.task)
-        self._trainer = Trainer(runtime, samples)
-        self._plan = plan
-        self._participant.samples = len(samples)
-        path = self._task_path(plan.digest)
-        if not path.exists():
-            with disk_errors(path.parent):
-                path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            write_atomic(path, content)
-        log.info("task %s: %d samples here", plan.task.name, len(samples))
-
-    def _task_path(self, digest: bytes) -> Path:
-        return self._journal.folder / "tasks" / f"{digest.hex()[:16]}.plan"
-
-    def _cached(self, digest: bytes) -> bytes | None:
-        path = self._task_path(digest)
-        if not path.exists():
-            return None
-        content = path.read_bytes()
-        return content if sha256(content) == digest else None
-
-    # ── training, evaluating, sealing ───────────────────────────────────────────────────
-
-    def _train(self, number: int, settings: Settings) -> list[ev.Event]:
-        trainer, model = self._trainer, self._model
-        if trainer is None or model is None:
-            return [ev.Failed(number, "the task is not loaded")]
-        training = Training(
-            epochs=settings.epochs,
-            learning_rate=settings.learning_rate,
-            proximal_mu=settings.proximal_mu,
-            clip_norm=settings.clip_norm,
-        )
-        # The same round on the same device trains alike, so a power cut changes nothing.
-        drawn = hashlib.sha256(self.identity.scope.encode() + number.to_bytes(8, "big")).digest()
-        seed = int.from_bytes(drawn[:8], "big")
-
-        def work() -> list[ev.Event]:
-            trained = trainer.train(model[1], training, seed=seed, on_step=self._step_done)
-            if trained is None:
-                return []
-            self._trained = trained
-            log.info(
-                "round %d: trained %d steps in %.2f s, loss %.4f",
-                number, trained.steps, trained.seconds, trained.loss,
-            )  # fmt: skip
-            return [ev.Trained(number)]
-
-        log.info("round %d: training", number)
-        self._start(work, number)
-        return []
-
-    def _evaluate(self, version: int) -> list[ev.Event]:
-        trainer, model, number = self._trainer, self._model, self._participant.round
-        if trainer is None or model is None:
-            return [ev.Failed(number, "the task is not loaded")]
-
-        def work() -> list[ev.Event]:
-            found = trainer.evaluate(model[1])
-            log.info("model %d: %s on %d samples", version, found.metrics, found.examples)
-            metrics = {"loss": found.loss} | found.metrics
-            return [ev.Evaluated(version, found.examples, metrics)]
-
-        self._start(work, number)
-        return []
-
-    def _start(self, work: Callable[[], list[ev.Event]], number: int) -> None:
-        """Run `work` in the second thread; its events are handled in the first."""
-        self._stop("new work")
-        stop = self._stop_work = threading.Event()
-
-        def run() -> None:
-            try:
-                events = work()
-                result: Callable[[], list[ev.Event]] = lambda: events  # noqa: E731
-            except (PeerError, LocalError) as error:
-                failed: list[ev.Event] = [ev.Failed(number, str(error))]
-                log.error("round %d: %s", number, error)
-                result = lambda: failed  # noqa: E731
-            except Exception as error:  # our bug: crash in the thread that owns the process
-                bug = error
-
-                def result() -> list[ev.Event]:
-                    raise bug
-
-            if not stop.is_set():
-                self._results.put(result)
-                self._link.wake()
-
-        self._worker = threading.Thread(target=run, name="midge-training", daemon=True)
-        self._worker.start()
-
-    def _step_done(self, progress: Progress) -> bool:
-        self._on_progress(progress)
-        return not self._stop_work.is_set()
-
-    def _stop(self, reason: str) -> None:
-        self._stop_work.set()
-        for kind in list(self._collecting):
-            del self._collecting[kind]
-            self._link.unsubscribe([self._filter(kind)])
-        if self._worker is not None and self._worker.is_alive():
-            log.info("training stopped: %s", reason)
-            self._worker.join()
-        self._worker = None
+    # ── sealing ─────────────────────────────────────────────────────────────────────────
 
     def _seal(self, announcement: Announcement, digest: bytes, go: Go) -> list[ev.Event]:
-        trained, model = self._trained, self._model
-        self._trained = None
-        if trained is None or model is None:
+        taken = self._bench.take_update(announcement.delta_bound)
+        if taken is None:
             return [ev.Failed(announcement.round, "there is nothing to send")]
+        trained, delta = taken
         identity = self.identity
-        message = weights.encode(_delta(trained.weights, model[1], announcement.delta_bound))
+        message = weights.encode(delta)
         sealed = seal_update(
             message,
             Binding(identity.federation, identity.device, digest, go.upload),
@@ -515,19 +364,3 @@ class Agent:
             self._link.publish(topic, messages.encode_json(presence), retain=True)
         except LinkError as error:
             log.warning("not sent: %s", error)
-
-
-def _delta(
-    new: dict[str, NDArray[Any]], old: dict[str, NDArray[Any]], bound: float
-) -> dict[str, NDArray[np.float32]]:
-    """What training changed, scaled down to the L2 norm that the round allows.
-
-    Clipping whole updates: McMahan et al. 2018 (arXiv:1710.06963), Algorithm 1.
-    """
-    delta = {name: np.subtract(new[name], old[name], dtype=np.float32) for name in old}
-    norm = float(
-        np.sqrt(sum(float(np.sum(np.square(d, dtype=np.float64))) for d in delta.values()))
-    )
-    if norm <= bound:
-        return delta
-    return {name: (d * np.float32(bound / norm)).astype(np.float32) for name, d in delta.items()}

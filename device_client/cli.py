@@ -14,16 +14,20 @@ from broker_bridge.console import run_command, show_log, stop_on_signals
 from broker_bridge.errors import LocalError
 from broker_bridge.link.base import Message
 from broker_bridge.link.paho_link import PahoLink
+from broker_bridge.task.runtime import TaskRuntime
+from broker_bridge.task.taskfile import Plan
 from broker_bridge.wire import messages
 from broker_bridge.wire.messages import Presence
 from broker_bridge.wire.topics import Topics
 from device_client import identity as identities
-from device_client.agent import Agent, Journal
+from device_client.agent import Agent
 from device_client.config import EXAMPLE, DeviceConfig
+from device_client.data import load_samples
 from device_client.enrolment import enrol
 from device_client.identity import Identity
+from device_client.journal import Journal
 from device_client.outbox import Outbox
-from device_client.trainer import Progress
+from device_client.trainer import Progress, Trainer
 from device_client.trial import run_trial
 
 __all__ = ["main"]
@@ -132,9 +136,14 @@ def _run(
         keepalive_s=settings.keepalive_s,
         wait_s=None,  # a device waits for its broker, however long
     )
+
+    def load(plan: Plan) -> Trainer:
+        runtime = TaskRuntime(plan, num_threads=settings.threads)
+        return Trainer(runtime, load_samples(settings.data, plan.task))
+
     agent = Agent(
-        identity, link, journal=journal, data=settings.data, role=settings.role,
-        threads=settings.threads, boot=boot, draw=random.random,
+        identity, link, journal=journal, load=load, role=settings.role, boot=boot,
+        draw=random.random,
     )  # fmt: skip
     try:
         agent.run(stopped)

@@ -64,6 +64,10 @@ class Trainer:
         self._samples = check_samples(runtime.task, samples)
         self._clock = clock
 
+    def __len__(self) -> int:
+        """How many samples there are."""
+        return len(self._samples)
+
     def train(
         self,
         weights: Mapping[str, Array],

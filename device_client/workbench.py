@@ -1,0 +1,281 @@
+"""The task at hand, the model at hand, and one piece of work at a time beside the loop.
+
+Training and evaluating take long, so they run in a `Background`: a second thread on a
+device, whatever a simulation likes elsewhere. They are stopped between two steps. What
+comes of them is an event for the participant; what is wrong with the task, the model or
+the data becomes `Failed` with a sentence.
+"""
+
+import hashlib
+import logging
+import queue
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from broker_bridge.disk import disk_errors, write_atomic
+from broker_bridge.errors import LocalError, PeerError
+from broker_bridge.task.runtime import Evaluation
+from broker_bridge.task.taskfile import Plan, Training, decode_plan
+from broker_bridge.wire import weights
+from broker_bridge.wire.envelope import sha256
+from broker_bridge.wire.messages import Settings
+from device_client import events as ev
+from device_client.trainer import Progress, Trained
+
+__all__ = ["Background", "LocalTrainer", "ThreadBackground", "Workbench"]
+
+log = logging.getLogger("midge.device")
+
+Array = NDArray[Any]
+Work = Callable[[], list[ev.Event]]
+
+
+class LocalTrainer(Protocol):
+    """What a task trains with here; `device_client.trainer.Trainer` is one."""
+
+    def __len__(self) -> int:
+        """How many samples there are."""
+
+    def train(
+        self,
+        weights: Mapping[str, Array],
+        settings: Training,
+        *,
+        seed: int,
+        on_step: Callable[[Progress], bool],
+    ) -> Trained | None:
+        """Train from `weights`; None when `on_step` answered False."""
+
+    def evaluate(self, weights: Mapping[str, Array]) -> Evaluation:
+        """Measure `weights` on the samples."""
+
+
+class Background(Protocol):
+    """Runs one piece of work at a time beside the loop."""
+
+    def start(self, work: Work) -> None:
+        """Begin `work`; its events will be in `finished`. Stops what ran before."""
+
+    def stop(self) -> bool:
+        """End the present work and forget its events; say whether there was any."""
+
+    @property
+    def stopping(self) -> bool:
+        """Whether the present work should end at its next step."""
+
+    def finished(self) -> list[ev.Event]:
+        """The events of work that has ended since the last call. Raises what it raised."""
+
+
+class ThreadBackground:
+    """A second thread; `wake` tells the loop that there is news."""
+
+    def __init__(self, wake: Callable[[], None]) -> None:
+        self._wake = wake
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._results: queue.SimpleQueue[list[ev.Event] | Exception] = queue.SimpleQueue()
+
+    @property
+    def stopping(self) -> bool:
+        """Whether the present work should end at its next step."""
+        return self._stop.is_set()
+
+    def start(self, work: Work) -> None:
+        """Begin `work` in a thread of its own."""
+        self.stop()
+        stop = self._stop = threading.Event()
+
+        def run() -> None:
+            result: list[ev.Event] | Exception
+            try:
+                result = work()
+            except Exception as error:  # our bug: raised again where the process can end by it
+                result = error
+            if not stop.is_set():
+                self._results.put(result)
+                self._wake()
+
+        self._thread = threading.Thread(target=run, name="midge-training", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> bool:
+        """End the present work at its next step, and wait for that."""
+        self._stop.set()
+        thread, self._thread = self._thread, None
+        if thread is None or not thread.is_alive():
+            return False
+        thread.join()
+        return True
+
+    def finished(self) -> list[ev.Event]:
+        """The events of work that has ended since the last call. Raises what it raised."""
+        found: list[ev.Event] = []
+        while not self._results.empty():
+            result = self._results.get()
+            if isinstance(result, Exception):
+                raise result
+            found += result
+        return found
+
+
+class Workbench:
+    """What the agent trains with. One thread uses it; `background` runs the work."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        scope: str,
+        load: Callable[[Plan], LocalTrainer],
+        background: Background,
+        on_progress: Callable[[Progress], None] = lambda _: None,
+    ) -> None:
+        self.background = background
+        self.samples = 0
+        self._folder = folder
+        self._scope = scope
+        self._load = load
+        self._on_progress = on_progress
+        self._plan: Plan | None = None
+        self._trainer: LocalTrainer | None = None
+        self._model: tuple[bytes, dict[str, Array]] | None = None
+        self._trained: Trained | None = None
+
+    # ── task and model ──────────────────────────────────────────────────────────────────
+
+    def stored_task(self, digest: bytes) -> bytes | None:
+        """The task with this digest, if it was fetched before."""
+        path = self._path(digest)
+        if not path.exists():
+            return None
+        content = path.read_bytes()
+        return content if sha256(content) == digest else None
+
+    def use_task(self, content: bytes) -> None:
+        """Load a task and the samples for it. Raises PeerError, LocalError."""
+        plan = decode_plan(content)
+        if self._plan is not None and self._plan.digest == plan.digest:
+            return
+        trainer = self._load(plan)
+        self._trainer, self._plan, self._model = trainer, plan, None
+        self.samples = len(trainer)
+        path = self._path(plan.digest)
+        if not path.exists():
+            with disk_errors(path.parent):
+                path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            write_atomic(path, content)
+        log.info("task %s: %d samples here", plan.task.name, self.samples)
+
+    def has_model(self, digest: bytes) -> bool:
+        """Whether this model is at hand."""
+        return self._model is not None and self._model[0] == digest
+
+    def use_model(self, digest: bytes, content: bytes) -> None:
+        """Take a model. Raises PeerError when it is not one of the task's."""
+        found = weights.decode(content)
+        if self._plan is not None:
+            weights.check(found, self._plan.task.weights)
+        self._model = (digest, found)
+
+    def _path(self, digest: bytes) -> Path:
+        return self._folder / "tasks" / f"{digest.hex()[:16]}.plan"
+
+    # ── work ────────────────────────────────────────────────────────────────────────────
+
+    def train(self, number: int, settings: Settings) -> list[ev.Event]:
+        """Begin training for round `number`."""
+        trainer, model = self._trainer, self._model
+        if trainer is None or model is None:
+            return [ev.Failed(number, "the task is not loaded")]
+        training = Training(
+            epochs=settings.epochs,
+            learning_rate=settings.learning_rate,
+            proximal_mu=settings.proximal_mu,
+            clip_norm=settings.clip_norm,
+        )
+
+        def work() -> list[ev.Event]:
+            trained = trainer.train(
+                model[1], training, seed=self._seed(number), on_step=self._step_done
+            )
+            if trained is None:
+                return []
+            self._trained = trained
+            log.info(
+                "round %d: trained %d steps in %.2f s, loss %.4f",
+                number, trained.steps, trained.seconds, trained.loss,
+            )  # fmt: skip
+            return [ev.Trained(number)]
+
+        log.info("round %d: training", number)
+        self.background.start(_guarded(work, number))
+        return []
+
+    def evaluate(self, number: int, version: int) -> list[ev.Event]:
+        """Begin measuring model `version`."""
+        trainer, model = self._trainer, self._model
+        if trainer is None or model is None:
+            return [ev.Failed(number, "the task is not loaded")]
+
+        def work() -> list[ev.Event]:
+            found = trainer.evaluate(model[1])
+            log.info("model %d: %s on %d samples", version, found.metrics, found.examples)
+            return [ev.Evaluated(version, found.examples, {"loss": found.loss} | found.metrics)]
+
+        self.background.start(_guarded(work, number))
+        return []
+
+    def stop(self, reason: str) -> None:
+        """End whatever is being done."""
+        if self.background.stop():
+            log.info("training stopped: %s", reason)
+
+    def take_update(self, bound: float) -> tuple[Trained, dict[str, NDArray[np.float32]]] | None:
+        """What was trained, once, and its difference from the model it started from.
+
+        The difference is scaled down to the L2 norm `bound` that the round allows.
+        """
+        trained, model = self._trained, self._model
+        self._trained = None
+        if trained is None or model is None:
+            return None
+        return trained, _delta(trained.weights, model[1], bound)
+
+    def _step_done(self, progress: Progress) -> bool:
+        self._on_progress(progress)
+        return not self.background.stopping
+
+    def _seed(self, number: int) -> int:
+        """The same round on the same device trains alike, so a power cut changes nothing."""
+        drawn = hashlib.sha256(self._scope.encode() + number.to_bytes(8, "big")).digest()
+        return int.from_bytes(drawn[:8], "big")
+
+
+def _guarded(work: Work, number: int) -> Work:
+    """Turn what is wrong with data or model into an event."""
+
+    def guarded() -> list[ev.Event]:
+        try:
+            return work()
+        except (PeerError, LocalError) as error:
+            log.error("round %d: %s", number, error)
+            return [ev.Failed(number, str(error))]
+
+    return guarded
+
+
+def _delta(
+    new: Mapping[str, Array], old: Mapping[str, Array], bound: float
+) -> dict[str, NDArray[np.float32]]:
+    """Clip a whole update: McMahan et al. 2018 (arXiv:1710.06963), Algorithm 1."""
+    delta = {name: np.subtract(new[name], old[name], dtype=np.float32) for name in old}
+    norm = sum(float(np.sum(np.square(d, dtype=np.float64))) for d in delta.values()) ** 0.5
+    if norm <= bound:
+        return delta
+    return {name: (d * np.float32(bound / norm)).astype(np.float32) for name, d in delta.items()}
