@@ -10,11 +10,8 @@ The only file that uses `cryptography`. Times come from the caller; keys and ser
 numbers come from the operating system's random source. Everything is PEM bytes.
 """
 
-import contextlib
 import ipaddress
-import os
 import re
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -28,6 +25,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from broker_bridge.disk import write_atomic
 from broker_bridge.errors import LocalError
 from broker_bridge.limits import LIMITS
 
@@ -296,32 +294,12 @@ def read_certificate(pem: bytes) -> CertificateFacts:
 
 def write_private(path: Path, pem: bytes) -> None:
     """Write a key so that nobody but the owner can ever read it, whole or not at all."""
-    _write(path, pem, mode=0o600)
+    write_atomic(path, pem, mode=0o600)
 
 
 def write_public(path: Path, pem: bytes) -> None:
     """Write a certificate, whole or not at all."""
-    _write(path, pem, mode=0o644)
-
-
-def _write(path: Path, pem: bytes, *, mode: int) -> None:
-    try:
-        # mkstemp creates with mode 0600, so a key is private from its first byte on.
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(pem)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(name, mode)
-            os.replace(name, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(name)
-            raise
-    except OSError as error:
-        raise LocalError(f"{path} cannot be written ({error.strerror}); "
-                         "check the folder, its owner and the free space") from error
+    write_atomic(path, pem, mode=0o644)
 
 
 def _builder(subject: x509.Name, issuer: x509.Name, public: PublicKey, *, now: datetime,

@@ -1,6 +1,7 @@
 """The MQTT link against a real mosquitto that dies, stalls, limits and refuses."""
 
 import logging
+import random
 import socket
 import threading
 
@@ -72,6 +73,33 @@ def test_publishes_in_flight_when_the_line_breaks_are_sent_again(plain_broker, l
         writer.publish("bulk", b"end")
         assert {m.payload for m in messages_until(reader, b"end")} == set(sent)
         writer.close()
+
+
+@VERSIONS
+def test_a_line_cut_again_and_again_loses_nothing_in_either_direction(
+        plain_broker, links, protocol):
+    broker = plain_broker()
+    draw = random.Random(7)
+    with Proxy(broker.port) as near, Proxy(broker.port) as far:
+        writer = links(near.port, "writer", protocol=protocol)
+        reader = subscribed(links(far.port, "reader", protocol=protocol), "bulk", echo="echo/r")
+        got, sent = set(), 0
+        while len(got) < 1000:
+            if sent < 1000 and writer.room() > 0:
+                writer.publish("bulk", b"%d " % sent + bytes(2000))
+                sent += 1
+                if draw.random() < 0.01:
+                    draw.choice([near, far]).cut()
+            event = reader.receive(0.01 if sent < 1000 else GIVE_UP_S)
+            if isinstance(event, Message):
+                got.add(int(event.payload.split()[0]))
+                reader.ack(event)
+            elif sent == 1000:
+                assert event is not None, f"{1000 - len(got)} of 1000 never came"
+        assert writer.connections > 1
+        assert reader.connections > 1
+        writer.close()
+        reader.close()
 
 
 # ------------------------------------------------------------------ the line stalls
