@@ -6,6 +6,7 @@ What a message says is believed only after its signature was verified, here.
 """
 
 import logging
+import math
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
@@ -332,7 +333,7 @@ class Agent:
             tags=sealed.tags,
             examples=min(trained.examples, announcement.weight_max),
             train_s=trained.seconds,
-            metrics={"loss": trained.loss} | trained.metrics,
+            metrics=_finite({"loss": trained.loss} | trained.metrics),
         )
         try:
             self._outbox.put(init, sealed)
@@ -364,3 +365,8 @@ class Agent:
             self._link.publish(topic, messages.encode_json(presence), retain=True)
         except LinkError as error:
             log.warning("not sent: %s", error)
+
+
+def _finite(metrics: dict[str, float]) -> dict[str, float]:
+    """What is no number cannot be averaged, and is left out."""
+    return {name: value for name, value in metrics.items() if math.isfinite(value)}

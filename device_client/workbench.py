@@ -8,6 +8,7 @@ the data becomes `Failed` with a sentence.
 
 import hashlib
 import logging
+import math
 import queue
 import threading
 from collections.abc import Callable, Mapping
@@ -226,7 +227,9 @@ class Workbench:
         def work() -> list[ev.Event]:
             found = trainer.evaluate(model[1])
             log.info("model %d: %s on %d samples", version, found.metrics, found.examples)
-            return [ev.Evaluated(version, found.examples, {"loss": found.loss} | found.metrics)]
+            metrics = {"loss": found.loss} | found.metrics
+            finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
+            return [ev.Evaluated(version, found.examples, finite)]
 
         self.background.start(_guarded(work, number))
         return []

@@ -27,6 +27,11 @@ def threshold(online: int, target: int, over_selection: float = OVER_SELECTION) 
     With fewer devices than invitations, everyone is drawn.
     """
     invited = invitations(target, over_selection)
+    if target < 1:
+        return 0
+    # The draw is even only in expectation, and places are handed out one by one: drawing
+    # three standard deviations more costs some a *busy*, drawing too few costs a deadline.
+    invited += math.ceil(3 * math.sqrt(invited))
     if invited >= online:
-        return EVERYONE if target > 0 else 0
+        return EVERYONE
     return -(-invited * EVERYONE // online)  # rounded up: a share that is never too small

@@ -4,6 +4,7 @@ Runs in a second thread, so that devices are answered meanwhile. No TensorFlow h
 """
 
 import logging
+import math
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -39,6 +40,7 @@ class Evaluator:
         def work() -> None:
             found = self._runtime.evaluate(weights, self._samples)
             metrics = {"loss": found.loss} | found.metrics
-            done(Evaluated(version, found.examples, metrics))
+            finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
+            done(Evaluated(version, found.examples, finite))
 
         threading.Thread(target=work, name="midge-evaluation", daemon=True).start()

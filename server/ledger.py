@@ -80,6 +80,7 @@ class Restored:
 
     run: Run
     opened: Opened | None
+    signed: bytes  # the open round's announcement, as it was first published
     uploads: list[Upload]
     elapsed_s: float
     paused: bool
@@ -334,7 +335,7 @@ class Ledger:
         incoming.init.layout.check(header, chunk)
         open_chunk(chunk, incoming.key)
         self._spool.put(header.transfer, header.index, chunk)
-        return header.transfer, len(self._spool.missing(header.transfer))
+        return header.transfer, self._spool.lacks(header.transfer)
 
     def accept(self, effects: Sequence[Accept]) -> list[Accepted | Refused]:
         """Open, check and sum complete updates; put them and their receipts on disk together."""
@@ -348,7 +349,8 @@ class Ledger:
                 results.append(self._not_added(effect.init, error))
         try:
             self._commit(good)
-        except LocalError as error:
+        except (LocalError, PeerError) as error:
+            # Nothing of this group is promised: the sum goes back to what has a receipt.
             log.error("cannot keep updates: %s", error)
             self._sum_again()
             status: Literal["busy", "resend"] = (
@@ -462,10 +464,21 @@ class Ledger:
             tx.count_round_done(summary.run)
         self.model, self.model_bytes, self.model_version = new, data, version
         self._optimiser_state = state
-        self._spool.clear()
-        self._models.prune(self._config.models_kept)
-        self._open = None
+        self._forget_round()
+        self._prune(version)
         return version, self.closed_announcement(this.announcement)
+
+    def _forget_round(self) -> None:
+        """The round is over: its key and its updates go, from the log of the database too."""
+        self._open = None
+        self._spool.clear()
+        self.db.checkpoint()
+
+    def _prune(self, newest: int) -> None:
+        """Remove old models, but never the newest one of a task."""
+        with self.db.reading() as tx:
+            newest_of_each = tx.newest_models()
+        self._models.prune(self._config.models_kept, also={newest, *newest_of_each})
 
     def closed_announcement(self, opened: Announcement) -> bytes:
         """The signed end of a round: it names the newest model."""
@@ -483,8 +496,7 @@ class Ledger:
             tx.abandon_round(
                 this.announcement.round, closed_at=self._clock(), summary_json=_json(summary)
             )
-        self._spool.clear()
-        self._open = None
+        self._forget_round()
         return self.closed_announcement(this.announcement)
 
     def measured(self, summary: RoundSummary) -> None:
@@ -516,13 +528,15 @@ class Ledger:
         )  # fmt: skip
         if this is None or this.round_key is None:
             self._spool.clear()
-            return Restored(found, None, [], 0.0, run.status == "paused", self._last(run.id))
+            paused = run.status == "paused"
+            return Restored(found, None, b"", [], 0.0, paused, self._last(run.id))
         payload = verify(self.keys.sign.public, f"round {self.keys.federation}", this.announcement)
         announcement: Announcement = messages.decode(payload, Announcement)
         opened = self._begin(announcement, this.announcement, this.round_key)
         uploads = self._take_up(receipts)
         elapsed = max(0.0, self._clock() - this.opened_at)
-        return Restored(found, opened, uploads, elapsed, run.status == "paused")
+        paused = run.status == "paused"
+        return Restored(found, opened, this.announcement, uploads, elapsed, paused)
 
     def _last(self, run_id: int) -> RoundSummary | None:
         """The run's newest round and how its model did, unless that round made no model."""

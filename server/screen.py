@@ -99,7 +99,9 @@ def summary_line(summary: RoundSummary) -> str:
 
 def presence_line(device: str, presence: Presence) -> str:
     """One device in one line."""
-    detail = f" ({presence.detail})" if presence.detail else ""
+    # A device wrote it: nothing in it may move the cursor.
+    printable = "".join(c if c.isprintable() else " " for c in presence.detail)
+    detail = f" ({printable})" if printable else ""
     return f"device {device} {presence.state}{detail}"
 
 

@@ -381,7 +381,7 @@ class Service:
         self._retain("task")
         self._retain("model")
         if found.opened is not None:
-            self._announce(self._ledger.sign(found.opened.announcement))
+            self._announce(found.signed)
         effects = self._coordinator.restore(
             found.run, found.opened, found.uploads, now_s=self._clock(),
             elapsed_s=found.elapsed_s, paused=found.paused, last=found.last,

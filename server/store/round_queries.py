@@ -190,6 +190,11 @@ class RoundQueries(Queries):
             query = query.where(schema.models.c.task_digest == task_digest)
         return self._one(Model, query)
 
+    def newest_models(self) -> set[int]:
+        """The newest version of each task."""
+        c = schema.models.c
+        return set(self._sql.scalars(select(func.max(c.version)).group_by(c.task_digest)))
+
     def models(self, *, below: int | None = None, limit: int = 100) -> list[Model]:
         """A page of models, newest first; the next one is `below` the last version of this one."""
         c = schema.models.c

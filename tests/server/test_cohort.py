@@ -27,17 +27,15 @@ def test_never_fewer_than_the_target_are_invited(target: int, factor: float) -> 
 
 
 @given(fleets, targets, factors)
-def test_the_expected_number_drawn_is_the_number_invited(
+def test_more_are_drawn_than_invited_by_three_deviations(
     online: int, target: int, factor: float
 ) -> None:
     limit = threshold(online, target, factor)
     expected = online * limit / EVERYONE
     invited = invitations(target, factor)
     assert 0 <= limit <= EVERYONE
-    if invited >= online:
-        assert limit == EVERYONE
-    else:
-        assert invited <= expected <= invited + online / EVERYONE
+    assert expected >= min(online, invited + 3 * invited**0.5) - 1e-6
+    assert expected <= min(online, invited + 3 * invited**0.5 + 1 + online / EVERYONE)
 
 
 @given(st.integers(0, 20), targets)
@@ -50,12 +48,10 @@ def test_nobody_is_drawn_for_a_round_that_needs_nobody() -> None:
     assert threshold(0, 0) == 0
 
 
-@pytest.mark.parametrize(("online", "target"), [(2_000, 100), (2_000, 500), (5_000, 1_000)])
-def test_the_lottery_draws_about_as_many_as_are_invited(online: int, target: int) -> None:
+@pytest.mark.parametrize(("online", "target"), [(10, 2), (100, 10), (2_000, 100), (5_000, 1_000)])
+def test_the_lottery_draws_enough_and_not_many_more(online: int, target: int) -> None:
     invited = invitations(target)
-    share = invited / online
-    deviation = (online * share * (1 - share)) ** 0.5
-    for number in range(5):
+    for number in range(50):
         seed = hashlib.sha256(bytes([number])).digest()
         count = sum(drawn(seed, f"pi-{i}", threshold(online, target)) for i in range(online))
-        assert abs(count - invited) < 5 * deviation
+        assert target <= count <= invited + 8 * invited**0.5
