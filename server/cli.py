@@ -42,8 +42,7 @@ from server.operator import Operator
 from server.service import Service
 from server.store.database import Database
 from server.store.models import ModelFiles
-
-# from server.tasks.cli import task
+from server.tasks.cli import task
 
 __all__ = ["main"]
 
@@ -507,7 +506,7 @@ def host_port(address: str) -> tuple[str, int]:
     return host, int(port)
 
 
-# midge.add_command(task)
+midge.add_command(task)
 
 
 def main() -> None:
