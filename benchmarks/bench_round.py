@@ -78,9 +78,7 @@ def main() -> None:
     except FlowerMissingError as error:
         print(f"  Flower skipped: {error}\n")
     table(["", "median (p10 … p90)", "times midge"], rows)
-    print(
-        f"  midge used {used * 1000:.0f} ms of processor time a round, server, broker and 4 devices together"
-    )
+    print(f"  midge used {used * 1000:.0f} ms of processor time a round, all processes together")
     print(f"  target: Flower with TLS ≥ {TARGET:.0f} times midge\n")
 
 

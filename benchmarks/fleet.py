@@ -111,12 +111,16 @@ class Fleet:
         self.command("midge", "device", "add", name, "--dir", self.home.folder)
         return self.home.bundle(name)
 
+    def enrol(self, name: str) -> None:
+        """Add a device and enrol it, without running it."""
+        folder = self.folder / name
+        self.command("midge-device", "enrol", self.add(name), "--dir", folder)
+
     def run_device(self, name: str, *options: str) -> subprocess.Popen[bytes]:
-        """Add, enrol and run a device; return once its presence is on the broker."""
-        process = self.start(
-            name, "midge-device", "run", "--dir", self.folder / name, "--bundle", self.add(name),
-            *options,
-        )  # fmt: skip
+        """Run a device, after adding and enrolling it if need be; return once it is ready."""
+        folder = self.folder / name
+        bundle = [] if folder.exists() else ["--bundle", self.add(name)]
+        process = self.start(name, "midge-device", "run", "--dir", folder, *bundle, *options)
         self.wait_for(name, "ready")
         return process
 

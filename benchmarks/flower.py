@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -55,14 +56,18 @@ def _must(*words: object) -> str:
 
 
 class Flower:
-    """Use as a context manager. `encrypted`: TLS between SuperNodes and SuperLink."""
+    """Use as a context manager. `encrypted`: TLS between SuperNodes and SuperLink.
 
-    def __init__(self, *, nodes: int, encrypted: bool) -> None:
+    A round waits for `nodes` SuperNodes; without `start_nodes` the caller starts them.
+    """
+
+    def __init__(self, *, nodes: int, encrypted: bool, start_nodes: bool = True) -> None:
         self._temporary = tempfile.TemporaryDirectory(prefix="flower-bench-")
         self.folder = Path(self._temporary.name)
         self.port = free_port()
         self._running: list[subprocess.Popen[bytes]] = []
         self._count = nodes
+        self._start_nodes = start_nodes
         self._encrypted = encrypted
         self._environ = os.environ | _QUIET | {
             "FLWR_HOME": str(self.folder / "home"),
@@ -99,7 +104,7 @@ class Flower:
             "--disable-runtime-dependency-installation",
         )  # fmt: skip
         until(self._link_is_up, "the SuperLink to listen")
-        for number in range(self._count):
+        for number in range(self._count if self._start_nodes else 0):
             self.start_node(number, self.port)
 
     def start_node(self, number: int, port: int) -> subprocess.Popen[bytes]:
@@ -151,8 +156,13 @@ class Flower:
         text = (self.folder / f"{name}.log").read_text(errors="replace")
         return re.sub(r"\x1b\[[0-9;]*m", "", text)
 
-    def rounds(self, count: int, *, wait_s: float = 600.0) -> list[float]:
-        """Run `count` rounds; return when each one's mean was ready (monotonic seconds)."""
+    def rounds(
+        self, count: int, *, wait_s: float = 600.0, on_round: Callable[[], None] = lambda: None
+    ) -> list[float]:
+        """Run `count` rounds; return when each one's mean was ready (monotonic seconds).
+
+        `on_round` is called within half a second of each.
+        """
         times = self.folder / "rounds.log"
         config = f"rounds={count} nodes={self._count} log='{times}'"
         run = self._run("run", "flwr", "run", str(_APP), "bench", "--run-config", config)
@@ -162,7 +172,10 @@ class Flower:
             time.sleep(0.5)
             if times.exists():
                 lines = times.read_text().splitlines()
-                found = [float(line.split()[1]) for line in lines]
+                fresh = [float(line.split()[1]) for line in lines[len(found) :]]
+                found += fresh
+                for _ in fresh:
+                    on_round()
             failed = run.poll() not in (None, 0)
             if failed or time.monotonic() > give_up:
                 said = self.log("run" if failed else "superlink")
