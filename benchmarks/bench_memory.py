@@ -1,0 +1,115 @@
+"""Memory of one device: idle, training, after training; what its libraries cost; Flower's.
+
+A real `midge-device run`, enrolled, against a real broker and server, with person 1's
+wearables. PSS is what Linux says the process costs this machine: pages that it shares with
+others count by their share. RSS counts them whole, and is what it would cost alone.
+"""
+
+import contextlib
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from benchmarks.fleet import Fleet
+from benchmarks.flower import Flower, FlowerMissingError, install
+from benchmarks.machine import Spread, header, is_quick, megabytes, table
+from benchmarks.memory import Held, Peak, held, rss_peak_bytes, tree
+
+WEARABLES = Path(__file__).parents[1] / "examples" / "wearables"
+IDLE_TARGET_BYTES = 50_000_000
+PEAK_TARGET_BYTES = 96_000_000
+
+# Each line on top of those before it, in one fresh interpreter.
+STEPS = (
+    ("Python alone", "pass"),
+    ("+ numpy", "import numpy"),
+    ("+ TensorFlow Lite", "from broker_bridge.task.runtime import _load_module as m; m(None)"),
+    ("+ msgspec", "import msgspec, msgspec.json, msgspec.msgpack"),
+    ("+ nacl", "import broker_bridge.wire.envelope"),
+    ("+ ssl, socket, paho", "import broker_bridge.link.paho_link"),
+    ("+ click", "import click"),
+    ("+ all of midge-device", "import device_client.cli"),
+)
+
+
+def steps() -> list[Held]:
+    """What one interpreter holds after each of STEPS."""
+    lines = ["import sys; from benchmarks.memory import held; import os; pid = os.getpid()"]
+    for _, code in STEPS:
+        lines += [code, "h = held(pid); print(h.pss, h.rss, h.private)"]
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=True
+    )
+    return [Held(*map(int, line.split())) for line in done.stdout.splitlines()]
+
+
+def settled(pids: list[int]) -> Held:
+    """What processes hold together: the middle of ten looks, a second in all."""
+    looks = []
+    for _ in range(10):
+        looks.append(sum((held(pid) for pid in pids), Held(0, 0, 0)))
+        time.sleep(0.1)
+    return sorted(looks, key=lambda each: each.pss)[len(looks) // 2]
+
+
+def main() -> None:
+    """Print three tables."""
+    header("Memory of one device")
+    repeats, rounds = (1, 2) if is_quick() else (5, 5)
+    before, after, peak_rss, peak_pss = [], [], [], []
+    for _ in range(repeats):
+        with Fleet(WEARABLES / "wearables.task") as fleet:
+            data = f"{WEARABLES / 'source.py'}:person?id=1"
+            device = fleet.run_device("device", "--data", data)
+            time.sleep(2.0)
+            before.append(settled([device.pid]))
+            with Peak(device.pid) as peak:
+                fleet.rounds(rounds, task="wearables")
+            peak_pss.append(peak.pss_bytes)
+            peak_rss.append(rss_peak_bytes(device.pid))
+            time.sleep(2.0)
+            after.append(settled([device.pid]))
+    rows = [
+        ["idle, before any round", mb([h.pss for h in before]), mb([h.rss for h in before])],
+        [f"peak over {rounds} rounds of training", mb(peak_pss), mb(peak_rss)],
+        ["idle, after them", mb([h.pss for h in after]), mb([h.rss for h in after])],
+    ]
+    notes = []
+    try:
+        version = install()
+        theirs, processes = flower_idle()
+        rows.append([f"Flower {version} SuperNode, idle, {processes} processes",
+                     megabytes(theirs.pss), megabytes(theirs.rss)])  # fmt: skip
+    except FlowerMissingError as error:
+        notes.append(f"  Flower skipped: {error}\n")
+    table(["", "PSS", "RSS"], rows)
+    print(f"  target: idle ≤ {megabytes(IDLE_TARGET_BYTES)} PSS; "
+          f"peak ≤ {megabytes(PEAK_TARGET_BYTES)} RSS on x86-64\n")  # fmt: skip
+    table(["what is imported", "RSS then", "more"], increments())
+    print("\n".join(notes), end="", flush=True)
+
+
+def mb(values: list[int]) -> str:
+    return f"{Spread.of([float(v) for v in values]).text(scale=1e-6, digits=1)} MB"
+
+
+def increments() -> list[list[str]]:
+    found = [step.rss for step in steps()]
+    more = [b - a for a, b in zip([0, *found], found, strict=False)]
+    return [[name, megabytes(rss), megabytes(extra)]
+            for (name, _), rss, extra in zip(STEPS, found, more, strict=True)]  # fmt: skip
+
+
+def flower_idle() -> tuple[Held, int]:
+    """What one SuperNode and the processes it started hold, and how many they are."""
+    with contextlib.ExitStack() as stack:
+        flower = stack.enter_context(Flower(nodes=1, encrypted=True, start_nodes=False))
+        node = flower.start_node(0, flower.port)
+        time.sleep(15.0)
+        pids = tree(node.pid)
+        return settled(pids), len(pids)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""What a process holds, as Linux counts it."""
+
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = ["Held", "Peak", "held", "rss_peak_bytes", "tree"]
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes. `pss`: pages shared with other processes count by their share."""
+
+    pss: int
+    rss: int
+    private: int
+
+    def __add__(self, other: "Held") -> "Held":
+        return Held(self.pss + other.pss, self.rss + other.rss, self.private + other.private)
+
+
+def held(pid: int) -> Held:
+    """What a process holds now. Raises OSError when it is gone."""
+    found = {}
+    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]:
+        name, _, rest = line.partition(":")
+        found[name] = int(rest.split()[0]) * 1024
+    return Held(found["Pss"], found["Rss"], found["Private_Clean"] + found["Private_Dirty"])
+
+
+def rss_peak_bytes(pid: int) -> int:
+    """The most that was ever resident, by the kernel's own account."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"process {pid} has no memory")
+
+
+def tree(pid: int) -> list[int]:
+    """A process and everything below it."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [pid, *(each for child in children for each in tree(int(child)))]
+
+
+class Peak:
+    """Watches one process for its largest PSS, every 10 ms. Use as a context manager."""
+
+    def __init__(self, pid: int) -> None:
+        self.pss_bytes = 0
+        self._pid = pid
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> "Peak":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(0.01):
+            self.pss_bytes = max(self.pss_bytes, held(self._pid).pss)
