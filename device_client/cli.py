@@ -17,6 +17,7 @@ from broker_bridge.link.paho_link import PahoLink
 from broker_bridge.task.runtime import TaskRuntime
 from broker_bridge.task.taskfile import Plan
 from broker_bridge.wire import messages
+from broker_bridge.wire.envelope import client_id
 from broker_bridge.wire.messages import Presence
 from broker_bridge.wire.topics import Topics
 from device_client import identity as identities
@@ -130,7 +131,7 @@ def _run(
     link = PahoLink.open(
         settings.broker_host or identity.broker_host,
         settings.broker_port or identity.broker_port,
-        client_id=identity.device,
+        client_id=client_id(identity.device, identity.keys.tls_seed),
         tls=identities.tls_files(folder, identity),
         will=Message(topics.state(identity.device), messages.encode_json(lost), retained=True),
         keepalive_s=settings.keepalive_s,

@@ -14,7 +14,7 @@ from broker_bridge.link.base import Message
 from broker_bridge.link.paho_link import PahoLink
 from broker_bridge.wire import enrolment, messages
 from broker_bridge.wire.enrolment import Bundle
-from broker_bridge.wire.envelope import KEY_BYTES, KemKey, random_bytes
+from broker_bridge.wire.envelope import KEY_BYTES, KemKey, client_id, random_bytes
 from broker_bridge.wire.messages import Refused, ServerIdentity, Welcome
 from broker_bridge.wire.topics import Topics
 from device_client import identity
@@ -54,7 +54,7 @@ def enrol(
     link = PahoLink.open(
         bundle.broker_host,
         bundle.broker_port,
-        client_id=bundle.device,
+        client_id=client_id(bundle.device, keys.tls_seed),
         tls=identity.bootstrap_files(folder, bundle),
         session_s=0,
         wait_s=wait_s,

@@ -21,7 +21,7 @@ from broker_bridge.link.base import Message
 from broker_bridge.link.local_broker import LocalBroker
 from broker_bridge.link.paho_link import PahoLink
 from broker_bridge.wire import messages, weights
-from broker_bridge.wire.envelope import random_bytes
+from broker_bridge.wire.envelope import client_id, random_bytes
 from broker_bridge.wire.messages import (
     Command,
     Presence,
@@ -155,7 +155,8 @@ def serve(home: Home, config: ServerConfig, ledger: Ledger, stopped: Any) -> Non
             raise LocalError(f"there is no task file {path}; correct the path")
     topics = Topics(ledger.keys.federation)
     link = PahoLink.open(
-        config.broker.host, config.broker.port, client_id=SERVER, tls=home.tls("server"),
+        config.broker.host, config.broker.port,
+        client_id=client_id(SERVER, ledger.keys.sign_seed), tls=home.tls("server"),
         will=Message(topics.srv, messages.encode_json(ServerPresence(state="lost")), retained=True),
         keepalive_s=config.broker.keepalive_s, wait_s=10.0,
     )  # fmt: skip
@@ -481,7 +482,7 @@ def model_export(folder: Path, number: int | None, output: Path) -> None:
 
 @midge.command()
 @click.option("--rounds", default=20, show_default=True, help="The most rounds to run.")
-@click.option("--accuracy", default=0.8, show_default=True, help="The target that ends the run.")
+@click.option("--accuracy", default=0.85, show_default=True, help="The target that ends the run.")
 @click.option("--keep", type=click.Path(path_type=Path, file_okay=False),
               help="Work in this new folder and leave it there.")  # fmt: skip
 @click.option("--plain", is_flag=True, help="Plain lines, as when not on a terminal.")

@@ -33,6 +33,7 @@ __all__ = [
     "KemKey",
     "SignKey",
     "blob_key",
+    "client_id",
     "exchange_from",
     "exchange_to",
     "fingerprint",
@@ -60,6 +61,15 @@ def fingerprint(public: bytes) -> str:
     """A public key as eight hex digits that two people can compare: `15db-5a0a`."""
     digits = sha256(public)[:4].hex()
     return f"{digits[:4]}-{digits[4:]}"
+
+
+def client_id(name: str, seed: bytes) -> str:
+    """An MQTT client id that stays the same and that nobody without `seed` can name.
+
+    A broker ends the older of two connections with one client id, whatever their
+    certificates: with a guessable id any member could cut off any other.
+    """
+    return f"{name}-{sha256(b'midge v1 client id' + seed)[:6].hex()}"
 
 
 # ── Signatures ──────────────────────────────────────────────────────────────────────────
