@@ -415,7 +415,7 @@ class Fleet:
         shutil.copy(TASK, self.home.folder / "tasks")
         if settings:
             (self.home.folder / "midge.toml").write_text(
-                f"[broker]\nhost = 'localhost'\nport = {self.port}\n{settings}"
+                f"{settings}\n[broker]\nhost = 'localhost'\nport = {self.port}\n"
             )
         self.broker = LocalBroker(self.home.broker, port=self.port, engine="mosquitto")
         self.server: Program | None = None
@@ -446,13 +446,18 @@ class Fleet:
                 enrol_by_hand(self.home, db, name, self.folder / name)
 
     def device(
-        self, name: str, *options: str, data: str | None = None, role: str = "train"
+        self,
+        name: str,
+        *options: str,
+        data: str | None = None,
+        role: str = "train",
+        python: tuple[str, ...] = (),
     ) -> Program:
-        """Run a device; its samples depend on its name alone."""
+        """Run a device; its samples depend on its name alone. `python`: the interpreter's flags."""
         source = data or self.samples(name)
         return self._run(
-            self.folder / f"{name}.log", *DEVICE, "run", "--dir", str(self.folder / name),
-            "--data", source, "--role", role, *options,
+            self.folder / f"{name}.log", sys.executable, *python, "-m", "device_client.cli", "run",
+            "--dir", str(self.folder / name), "--data", source, "--role", role, *options,
         )  # fmt: skip
 
     def samples(self, name: str) -> str:
