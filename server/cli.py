@@ -18,7 +18,7 @@ from broker_bridge.console import run_command, show_log, stop_on_signals
 from broker_bridge.disk import disk_errors
 from broker_bridge.errors import LocalError, PeerError
 from broker_bridge.link.base import Message
-from broker_bridge.link.local_broker import LocalBroker
+from broker_bridge.link.local_broker import Engine, LocalBroker
 from broker_bridge.link.paho_link import PahoLink
 from broker_bridge.wire import messages, weights
 from broker_bridge.wire.envelope import client_id, random_bytes
@@ -485,9 +485,18 @@ def model_export(folder: Path, number: int | None, output: Path) -> None:
 @click.option("--accuracy", default=0.85, show_default=True, help="The target that ends the run.")
 @click.option("--keep", type=click.Path(path_type=Path, file_okay=False),
               help="Work in this new folder and leave it there.")  # fmt: skip
+@click.option("--broker", "engine", type=click.Choice(["mosquitto", "iotcore"]),
+              help="Which broker to start; default: the best one there is.")  # fmt: skip
 @click.option("--plain", is_flag=True, help="Plain lines, as when not on a terminal.")
 @_JSON
-def demo(rounds: int, accuracy: float, keep: Path | None, plain: bool, as_json: bool) -> None:
+def demo(
+    rounds: int,
+    accuracy: float,
+    keep: Path | None,
+    engine: Engine | None,
+    plain: bool,
+    as_json: bool,
+) -> None:
     """Run a whole federation on this machine: ten people's smartwatches, real broker, mutual TLS.
 
     \b
@@ -496,7 +505,9 @@ def demo(rounds: int, accuracy: float, keep: Path | None, plain: bool, as_json: 
     """
     from server.demo import run_demo
 
-    run_demo(rounds=rounds, accuracy=accuracy, keep=keep, plain=plain, as_json=as_json)
+    run_demo(
+        rounds=rounds, accuracy=accuracy, keep=keep, engine=engine, plain=plain, as_json=as_json
+    )
 
 
 def host_port(address: str) -> tuple[str, int]:

@@ -22,7 +22,7 @@ from typing import Any
 
 from broker_bridge.errors import LinkError, LocalError, PeerError
 from broker_bridge.link.base import Message
-from broker_bridge.link.local_broker import LocalBroker, free_port, shipped_file
+from broker_bridge.link.local_broker import Engine, LocalBroker, free_port, shipped_file
 from broker_bridge.link.paho_link import PahoLink
 from broker_bridge.task.taskfile import decode_task
 from broker_bridge.wire import messages
@@ -124,7 +124,13 @@ class Stage:
 
 
 def run_demo(
-    *, rounds: int, accuracy: float, keep: Path | None, plain: bool, as_json: bool
+    *,
+    rounds: int,
+    accuracy: float,
+    keep: Path | None,
+    engine: Engine | None,
+    plain: bool,
+    as_json: bool,
 ) -> None:
     """Run the demo and print its table. Raises LocalError when a part will not start."""
     task_path = _examples() / "wearables.task"
@@ -133,7 +139,7 @@ def run_demo(
         view = screen.progress(plain=plain or as_json, quiet=as_json)
         stage = _set_up(where, stack, view.line)
         traffic = Traffic(Topics("demo"))
-        eye = _broker_and_server(stage, task_path)
+        eye = _broker_and_server(stage, task_path, engine)
         stack.callback(eye.close)
         _people(stage, eye, traffic)
         with stage.phase("rounds"), view:
@@ -173,13 +179,13 @@ def _set_up(where: Path, stack: ExitStack, say: Callable[[str], None]) -> Stage:
     return stage
 
 
-def _broker_and_server(stage: Stage, task_path: Path) -> PahoLink:
+def _broker_and_server(stage: Stage, task_path: Path, engine: Engine | None) -> PahoLink:
     """Start both; return a link that sees what the broker sees."""
     with stage.phase("broker and server"):
-        broker = LocalBroker(stage.home.broker, port=stage.port)
+        broker = LocalBroker(stage.home.broker, port=stage.port, engine=engine)
         stage.processes.enter_context(broker)
-        acl = "" if broker.lacks else " and ACL"
-        stage.say(f"{broker.engine} listens on 127.0.0.1:{stage.port} with mutual TLS{acl}")
+        how = "TLS" if broker.lacks else "mutual TLS and ACL"
+        stage.say(f"{broker.engine} listens on 127.0.0.1:{stage.port} with {how}")
         if broker.lacks:
             stage.say(broker.lacks)
         eye = PahoLink.open(
