@@ -22,6 +22,7 @@ from broker_bridge.link.base import Message
 from broker_bridge.link.local_broker import LocalBroker, free_port
 from broker_bridge.link.memory_link import MemoryBroker
 from broker_bridge.link.paho_link import PahoLink
+from broker_bridge.task.runtime import TaskRuntime
 from broker_bridge.task.taskfile import decode_task
 from broker_bridge.wire import enrolment, messages, weights
 from broker_bridge.wire.envelope import KemKey, random_bytes, sha256, verify
@@ -29,8 +30,11 @@ from broker_bridge.wire.messages import Ack, Announcement, Busy, Go, Init, Join,
 from broker_bridge.wire.topics import DownTopic, Topics
 from broker_bridge.wire.update import Binding, SealedUpdate, seal_update
 from device_client import identity as identities
-from device_client.agent import Agent, Journal
+from device_client.agent import Agent
+from device_client.data import load_samples
 from device_client.identity import Identity
+from device_client.journal import Journal
+from device_client.trainer import Trainer
 from server.config import Rounds, ServerConfig
 from server.coordinator import Coordinator
 from server.events import Rules
@@ -206,13 +210,19 @@ class World:
         self.settle()
         return hand
 
-    def agent(self, name: str, *, data: str, role: str = "train", **options: Any) -> Agent:
+    def agent(self, name: str, *, data: str, role: str = "train") -> Agent:
         """A whole device in this process; also one that was there before, after a restart."""
         identity = identities.load(self.folder / name) or self.enrol(name)
         agent = Agent(
-            identity, self.broker.connect(name), journal=Journal(self.folder / name), data=data,
-            role=role, boot=1, clock=lambda: self.broker.now_s, draw=lambda: 0.5, **options,
-        )  # fmt: skip
+            identity,
+            self.broker.connect(name),
+            journal=Journal(self.folder / name),
+            load=lambda plan: Trainer(TaskRuntime(plan), load_samples(data, plan.task)),
+            role=role,
+            boot=1,
+            clock=lambda: self.broker.now_s,
+            draw=lambda: 0.5,
+        )
         agent.begin()
         self.agents.append(agent)
         return agent
