@@ -199,7 +199,7 @@ class PahoLink(QueuedLink):
             is_news = self._connected or failure != self._failure
             self._failure = failure
             if is_news:
-                log.warning("not connected: %s", failure.reason)
+                log.debug("not connected: %s", failure.reason)  # the owner hears it as an event
                 self._down(failure.reason)
             self._changed.notify_all()
 
