@@ -7,7 +7,7 @@ allowed. Nothing is guessed and nothing is ignored.
 
 import tomllib
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, get_args
 
 import msgspec
 
@@ -58,12 +58,25 @@ def _sentence(text: str, kind: type[msgspec.Struct]) -> str:
         return f"there is no setting {name!r}; allowed are {', '.join(sorted(place))}"
     if what.startswith("Object missing required field"):
         return f"the setting {what.split('`')[1]!r} is missing; add it"
-    return f"{where or 'the file'}: {what[:1].lower()}{what[1:]}"
+    sentence = f"{where or 'the file'}: {what[:1].lower()}{what[1:]}"
+    choices = _choices(kind, where) if what.startswith("Invalid enum value") else ()
+    return f"{sentence}; allowed are {', '.join(choices)}" if choices else sentence
+
+
+def _choices(kind: type[msgspec.Struct], where: str) -> tuple[str, ...]:
+    """The values that a setting may have, where they are listed."""
+    table, _, name = where.rpartition(".")
+    found = [f.type for f in _fields_at(kind, table) if f.encode_name == name]
+    return tuple(str(choice) for each in found for choice in get_args(each))
 
 
 def _struct_at(kind: type[msgspec.Struct], where: str) -> tuple[str, ...]:
+    return tuple(field.encode_name for field in _fields_at(kind, where))
+
+
+def _fields_at(kind: type[msgspec.Struct], where: str) -> tuple[msgspec.structs.FieldInfo, ...]:
     for name in filter(None, where.split(".")):
         for field in msgspec.structs.fields(kind):
             if field.encode_name == name and isinstance(field.type, type):
                 kind = field.type
-    return tuple(field.encode_name for field in msgspec.structs.fields(kind))
+    return msgspec.structs.fields(kind)

@@ -24,8 +24,11 @@ def run_command(command: click.Command, name: str) -> NoReturn:
         code = command.main(prog_name=name, standalone_mode=False)
     except click.exceptions.Exit as exit_:
         code = exit_.exit_code
-    except click.ClickException as error:
+    except click.exceptions.NoArgsIsHelpError as error:
         error.show()
+        code = 2
+    except click.ClickException as error:
+        click.echo(f"{name}: {_one_line(error)}", err=True)
         code = 2
     except MidgeError as error:
         click.echo(f"{name}: {error}", err=True)
@@ -37,6 +40,13 @@ def run_command(command: click.Command, name: str) -> NoReturn:
         sys.stderr.close()  # the reader of our output left, as `head` does
         code = 0
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _one_line(error: click.ClickException) -> str:
+    """What was wrong with the command line, and where its help is."""
+    context = getattr(error, "ctx", None)
+    text = " ".join(error.format_message().split()).rstrip(".")
+    return text if context is None else f"{text}; see `{context.command_path} --help`"
 
 
 def show_log(level: str) -> None:

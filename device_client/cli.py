@@ -107,8 +107,8 @@ def run(
             "no data source: say --data npz:FILE, csv:FOLDER or module:function, "
             f"or set data in {path}"
         )
+    _look_for(settings.data)
     show_log(settings.log)
-    stopped = stop_on_signals()
     identity = identities.load(folder)
     if identity is None and bundle is not None:
         identity = _enrol(bundle, folder, 600.0)
@@ -116,9 +116,18 @@ def run(
         raise LocalError(
             f"{folder} holds no enrolled device; run `midge-device enrol BUNDLE --dir {folder}`"
         )
+    stopped = stop_on_signals()  # from here on: until now there was nothing to end in order
     if not (folder / "device.toml").exists():
         (folder / "device.toml").write_text(EXAMPLE)
     _run(identity, folder, settings, stopped.is_set)
+
+
+def _look_for(source: str) -> None:
+    """Find a path that is not there now, not when the first task comes."""
+    kind, _, rest = source.partition(":")
+    path = rest if kind in ("npz", "csv") else kind
+    if (kind in ("npz", "csv") or path.endswith(".py")) and not Path(path).exists():
+        raise LocalError(f"the data source {source!r} is not there; correct the path")
 
 
 def _run(

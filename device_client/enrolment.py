@@ -46,6 +46,11 @@ def enrol(
                 f"{folder} belongs to {present.scope}; "
                 f"use another folder for {bundle.federation}/{bundle.device}"
             )
+        if present.root_public != bytes.fromhex(bundle.root_public):
+            raise LocalError(
+                f"{folder} belongs to {present.scope} of another fleet, with the same names and "
+                "another root of trust; use another folder"
+            )
         return present
     keys = identity.pending_keys(folder)
     root = bytes.fromhex(bundle.root_public)

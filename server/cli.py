@@ -50,6 +50,7 @@ _DIR = click.option(
     "--dir", "folder", type=click.Path(path_type=Path, file_okay=False), envvar="MIDGE_DIR",
     default=Path("fleet"), show_default=True, help="The fleet's folder.",
 )  # fmt: skip
+_PORT = click.IntRange(1, 65_535)
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON, for scripts.")
 
 
@@ -76,7 +77,7 @@ def midge() -> None:
 @click.option("--federation", default="demo", show_default=True, help="Its name, in every topic.")
 @click.option("--host", "hosts", multiple=True, default=("localhost", "127.0.0.1"),
               show_default=True, help="Where the broker is; repeat for more names.")  # fmt: skip
-@click.option("--port", default=8883, show_default=True, help="The broker's port.")
+@click.option("--port", type=_PORT, default=8883, show_default=True, help="The broker's port.")
 @_JSON
 def init(folder: Path, federation: str, hosts: tuple[str, ...], port: int, as_json: bool) -> None:
     """Make a fleet in FOLDER: keys, a private CA, certificates, settings.
@@ -98,7 +99,7 @@ def init(folder: Path, federation: str, hosts: tuple[str, ...], port: int, as_js
 @_DIR
 @click.option("--bind", default="127.0.0.1", show_default=True,
               help="Address to listen on; 0.0.0.0 lets devices on the network in.")  # fmt: skip
-@click.option("--port", type=int, help="Port; default: as in midge.toml.")
+@click.option("--port", type=_PORT, help="Port; default: as in midge.toml.")
 def broker(folder: Path, bind: str, port: int | None) -> None:
     """Run a broker for the fleet: mosquitto with midge's mosquitto.conf.
 
@@ -403,7 +404,9 @@ def _ask(folder: Path, command: Command) -> Reply:
 
 def _checked(command: Command) -> Command:
     try:
-        return messages.decode_json(messages.encode_json(command), Command)
+        # Not through JSON, which has no NaN and would make it a setting that was not given.
+        checked: Command = messages.decode(messages.encode(command), Command)
+        return checked
     except PeerError as error:
         raise LocalError(f"not a start: {error}") from None
 

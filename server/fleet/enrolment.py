@@ -25,6 +25,7 @@ from server.store.rows import Device, Token
 __all__ = ["Registrar", "add_device"]
 
 TOKEN_HOURS = 24
+HOURS_MAX = 24 * 365
 
 
 def add_device(
@@ -36,6 +37,8 @@ def add_device(
     Raises LocalError for a name that cannot be used or is enrolled already.
     """
     check_device_name(name)
+    if not 0 < hours <= HOURS_MAX:
+        raise LocalError(f"a token cannot live {hours:g} hours; say more than 0, up to {HOURS_MAX}")
     if name in RESERVED:
         raise LocalError(f"{name!r} is a name of midge itself; choose another")
     keys = home.keys()
@@ -130,6 +133,8 @@ class Registrar:
                     "used_token",
                     "this token was used by other keys; if that was not you, revoke the device",
                 )
+            elif present.status == "revoked":  # or it would get the fleet key that shuts it out
+                raise PeerError("revoked_device", f"the device {contact.device!r} was revoked")
         return self._welcome(contact, new)
 
     def _welcome(self, contact: Contact, device: Device) -> Welcome:
