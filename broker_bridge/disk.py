@@ -7,17 +7,32 @@ never read and is replaced by the next write.
 
 Whatever the operating system refuses becomes a LocalError that names the path and
 says what to do; a full disk becomes DiskFullError, because one can go on once there is room.
+
+Everything that must survive goes through a `Disk`: a dozen calls of the operating system,
+so that a simulated disk can lose power between any two of them (tests/simulation).
 """
 
 import contextlib
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Protocol
 
 from broker_bridge.errors import LocalError
 
-__all__ = ["DiskFullError", "disk_errors", "sync_folder", "write_all", "write_atomic"]
+__all__ = [
+    "REAL_DISK",
+    "Disk",
+    "DiskFullError",
+    "RealDisk",
+    "disk_errors",
+    "make_folder",
+    "sync_folder",
+    "write_all",
+    "write_atomic",
+]
 
 
 class DiskFullError(LocalError):
@@ -35,6 +50,110 @@ _ADVICE = {
     errno.EMFILE: "this process has too many open files; raise its limit (ulimit -n)",
 }
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+
+
+# ── The calls ───────────────────────────────────────────────────────────────────────────
+
+
+class Disk(Protocol):
+    """What is asked of the operating system. Each call raises OSError."""
+
+    def open(self, path: Path, flags: int, mode: int = 0o600) -> int:
+        """Open a file or folder; return its descriptor."""
+
+    def close(self, fd: int) -> None:
+        """Close it. Nothing is synced by that."""
+
+    def pread(self, fd: int, length: int, offset: int) -> bytes:
+        """Read at most `length` bytes."""
+
+    def pwrite(self, fd: int, data: bytes | memoryview, offset: int) -> int:
+        """Write some of `data`; return how much."""
+
+    def fchmod(self, fd: int, mode: int) -> None:
+        """Set who may read and write."""
+
+    def fsync(self, fd: int) -> None:
+        """Return once the disk has a file, or the names in a folder."""
+
+    def fdatasync(self, fds: Sequence[int]) -> list[OSError | None]:
+        """Sync the contents of several files together; say of each what went wrong."""
+
+    def rename(self, old: Path, new: Path) -> None:
+        """Give a file another name, in one step; what had that name is gone."""
+
+    def unlink(self, path: Path) -> None:
+        """Remove a name, if it is there."""
+
+    def mkdir(self, path: Path) -> None:
+        """Make a folder for its owner alone, and those above it, if they are not there."""
+
+    def names(self, folder: Path) -> list[str]:
+        """The names in a folder, sorted."""
+
+    def exists(self, path: Path) -> bool:
+        """Whether there is a file or folder of this name."""
+
+    def size(self, path: Path) -> int:
+        """How many bytes a file has."""
+
+    def read(self, path: Path) -> bytes:
+        """All that is in a file."""
+
+
+class RealDisk:
+    """The operating system's."""
+
+    open = staticmethod(os.open)
+    close = staticmethod(os.close)
+    pread = staticmethod(os.pread)
+    pwrite = staticmethod(os.pwrite)
+    fchmod = staticmethod(os.fchmod)
+    fsync = staticmethod(os.fsync)
+    rename = staticmethod(os.rename)
+    exists = staticmethod(os.path.exists)
+    size = staticmethod(os.path.getsize)
+
+    def fdatasync(self, fds: Sequence[int]) -> list[OSError | None]:
+        """Sync the contents of several files together; say of each what went wrong."""
+        # All at once: the file system then puts them into one commit of its journal, where
+        # one after the other would wait for one commit each. The pool is gone with the block.
+        if len(fds) < 2:
+            return [_fdatasync(fd) for fd in fds]
+        with ThreadPoolExecutor(len(fds)) as pool:
+            return list(pool.map(_fdatasync, fds))
+
+    def unlink(self, path: Path) -> None:
+        """Remove a name, if it is there."""
+        path.unlink(missing_ok=True)
+
+    def mkdir(self, path: Path) -> None:
+        """Make a folder for its owner alone, and those above it, if they are not there."""
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    def names(self, folder: Path) -> list[str]:
+        """The names in a folder, sorted."""
+        return sorted(os.listdir(folder))
+
+    def read(self, path: Path) -> bytes:
+        """All that is in a file."""
+        return path.read_bytes()
+
+
+REAL_DISK = RealDisk()
+
+
+def _fdatasync(fd: int) -> OSError | None:
+    # On a handle that was opened again since the write, the kernel reports a failed
+    # write-back all the same (Linux ≥ 4.16).
+    try:
+        os.fdatasync(fd)
+    except OSError as error:
+        return error
+    return None
+
+
+# ── What is made of them ────────────────────────────────────────────────────────────────
 
 
 def _explain(error: OSError, path: Path) -> LocalError:
@@ -55,46 +174,66 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise _explain(error, path) from error
 
 
-def write_atomic(path: Path, data: bytes, mode: int = 0o600) -> None:
+def write_atomic(
+    path: Path,
+    data: bytes,
+    mode: int = 0o600,
+    *,
+    disk: Disk = REAL_DISK,
+    durable: bool = True,
+) -> None:
     """Make `path` hold `data`, all or nothing, and return once the disk has it.
 
+    Not `durable`: return at once; a power cut may take the file away, old and new.
     Raises DiskFullError or LocalError; then `path` is as it was.
     """
     fresh = path.with_name(path.name + ".new")
     with disk_errors(path):
         try:
             # O_EXCL after the unlink: a link that someone put there is never followed.
-            fresh.unlink(missing_ok=True)
-            fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+            disk.unlink(fresh)
+            fd = disk.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
             try:
-                os.fchmod(fd, mode)  # whatever the umask says
-                write_all(fd, data, 0)
-                os.fsync(fd)
+                disk.fchmod(fd, mode)  # whatever the umask says
+                write_all(fd, data, 0, disk=disk)
+                if durable:
+                    disk.fsync(fd)
             finally:
-                os.close(fd)
-            os.rename(fresh, path)
+                disk.close(fd)
+            disk.rename(fresh, path)
         except OSError:
             # After a failed fsync the pages may be gone though a second fsync succeeds:
             # the file is thrown away, never synced again.
             with contextlib.suppress(OSError):
-                fresh.unlink(missing_ok=True)
+                disk.unlink(fresh)
             raise
-        sync_folder(path.parent)
+    if durable:
+        sync_folder(path.parent, disk=disk)
 
 
-def write_all(fd: int, data: bytes, offset: int) -> None:
+def write_all(fd: int, data: bytes, offset: int, *, disk: Disk = REAL_DISK) -> None:
     """Write all of `data` at `offset`. Raises OSError."""
     rest = memoryview(data)
     while rest:
-        done = os.pwrite(fd, rest, offset)
+        done = disk.pwrite(fd, rest, offset)
         rest, offset = rest[done:], offset + done
 
 
-def sync_folder(folder: Path) -> None:
+def make_folder(folder: Path, *, disk: Disk = REAL_DISK) -> None:
+    """Make `folder`, if it is not there, and its name durable.
+
+    Raises DiskFullError or LocalError.
+    """
+    with disk_errors(folder):
+        disk.mkdir(folder)
+    sync_folder(folder.parent, disk=disk)
+
+
+def sync_folder(folder: Path, *, disk: Disk = REAL_DISK) -> None:
     """Make the names in `folder` survive a power cut. Raises DiskFullError or LocalError."""
     with disk_errors(folder):
-        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        fd = disk.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            os.fsync(fd)
+            disk.fsync(fd)
         finally:
-            os.close(fd)
+            disk.close(fd)

@@ -79,6 +79,7 @@ class Agent:
         clock: Callable[[], float] = time.monotonic,
         draw: Callable[[], float],
         background: Background | None = None,
+        random: Callable[[int], bytes] = random_bytes,
     ) -> None:
         self.identity = identity
         self.rejects: Counter[str] = Counter()
@@ -87,13 +88,15 @@ class Agent:
         self._journal = journal
         self._boot = boot
         self._clock = clock
+        self._random = random
         self._bench = Workbench(
             journal.folder,
             scope=identity.scope,
             load=load,
             background=background or ThreadBackground(link.wake),
+            disk=journal.disk,
         )
-        self._outbox = Outbox(journal.folder / "outbox")
+        self._outbox = Outbox(journal.folder / "outbox", disk=journal.disk)
         self._participant = Participant(
             identity.device,
             memory=journal.memory(),
@@ -320,7 +323,7 @@ class Agent:
             round_key=announcement.round_key,
             sender=identity.keys.kem,
             psk=identity.psk,
-            ephemeral=KemKey.from_seed(random_bytes(KEY_BYTES)),
+            ephemeral=KemKey.from_seed(self._random(KEY_BYTES)),
             packet_bytes=go.packet_bytes,
         )
         init = Init(

@@ -9,12 +9,13 @@ in mid-enrolment loses nothing: the same keys are sent again.
 """
 
 import base64
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
 import msgspec
 
-from broker_bridge.disk import disk_errors, write_atomic
+from broker_bridge.disk import REAL_DISK, Disk, disk_errors, make_folder, write_atomic
 from broker_bridge.errors import LocalError, PeerError
 from broker_bridge.link.tls import TlsFiles
 from broker_bridge.wire.enrolment import Bundle, Contact, server_identity
@@ -99,20 +100,21 @@ class Identity(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         return f"{self.federation}/{self.device}"
 
 
-def new_keys() -> Keys:
-    """Make keys from the operating system's randomness."""
-    return Keys(random_bytes(KEY_BYTES), random_bytes(KEY_BYTES), random_bytes(KEY_BYTES))
+def new_keys(random: Callable[[int], bytes] = random_bytes) -> Keys:
+    """Make keys, from the operating system's randomness unless told otherwise."""
+    return Keys(random(KEY_BYTES), random(KEY_BYTES), random(KEY_BYTES))
 
 
-def pending_keys(folder: Path) -> Keys:
+def pending_keys(
+    folder: Path, *, disk: Disk = REAL_DISK, random: Callable[[int], bytes] = random_bytes
+) -> Keys:
     """The keys of an enrolment under way: those found, else new ones, on disk before use."""
     path = folder / "enrolling.json"
-    if path.exists():
-        return _read(path, Keys)
-    with disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    keys = new_keys()
-    write_atomic(path, msgspec.json.encode(keys))
+    if disk.exists(path):
+        return _read(path, Keys, disk)
+    make_folder(folder, disk=disk)
+    keys = new_keys(random)
+    write_atomic(path, msgspec.json.encode(keys), disk=disk)
     return keys
 
 
@@ -137,21 +139,22 @@ def enrolled(bundle: Bundle, keys: Keys, configured: Configured) -> Identity:
     )
 
 
-def save(folder: Path, identity: Identity) -> None:
+def save(folder: Path, identity: Identity, *, disk: Disk = REAL_DISK) -> None:
     """Write the identity down, whole, then forget the enrolment."""
-    write_atomic(folder / "identity.json", msgspec.json.encode(identity))
-    (folder / "enrolling.json").unlink(missing_ok=True)
+    write_atomic(folder / "identity.json", msgspec.json.encode(identity), disk=disk)
+    with disk_errors(folder):
+        disk.unlink(folder / "enrolling.json")
 
 
-def load(folder: Path) -> Identity | None:
+def load(folder: Path, *, disk: Disk = REAL_DISK) -> Identity | None:
     """The identity in `folder`, or None if the device has not enrolled."""
     path = folder / "identity.json"
-    return _read(path, Identity) if path.exists() else None
+    return _read(path, Identity, disk) if disk.exists(path) else None
 
 
-def _read(path: Path, kind: type[T]) -> T:
+def _read(path: Path, kind: type[T], disk: Disk) -> T:
     with disk_errors(path):
-        data = path.read_bytes()
+        data = disk.read(path)
     try:
         return msgspec.json.decode(data, type=kind)
     except msgspec.MsgspecError as error:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import msgspec
 
-from broker_bridge.disk import disk_errors, write_atomic
+from broker_bridge.disk import REAL_DISK, Disk, disk_errors, write_atomic
 from broker_bridge.errors import LocalError
 from broker_bridge.wire import messages
 from broker_bridge.wire.messages import Presence
@@ -16,17 +16,19 @@ __all__ = ["Journal"]
 class Journal:
     """Small files in the device's folder."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, disk: Disk = REAL_DISK) -> None:
+        self.disk = disk
         self._memory = folder / "rounds.json"
         self._boots = folder / "boots"
         self.folder = folder
 
     def memory(self) -> Memory:
         """The highest round seen, and how far it went. Raises LocalError when it is damaged."""
-        if not self._memory.exists():
+        data = self._read(self._memory)
+        if data is None:
             return Memory()
         try:
-            return msgspec.json.decode(self._memory.read_bytes(), type=Memory)
+            return msgspec.json.decode(data, type=Memory)
         except msgspec.MsgspecError as error:
             raise LocalError(
                 f"{self._memory} is damaged ({error}); restore it from a backup: without it "
@@ -35,19 +37,20 @@ class Journal:
 
     def remember(self, memory: Memory) -> None:
         """Write it down; when this returns, it survives."""
-        write_atomic(self._memory, msgspec.json.encode(memory))
+        write_atomic(self._memory, msgspec.json.encode(memory), disk=self.disk)
 
     def show(self, presence: Presence) -> None:
         """Leave the present state where `midge-device status` reads it. Need not survive."""
-        path = self.folder / "status.json"
-        fresh = path.with_suffix(".new")
-        with disk_errors(path):
-            fresh.write_bytes(messages.encode_json(presence))
-            fresh.replace(path)
+        data = messages.encode_json(presence)
+        write_atomic(self.folder / "status.json", data, disk=self.disk, durable=False)
 
     def boot(self) -> int:
         """Count one more start of the process, and say which it is."""
-        text = self._boots.read_text() if self._boots.exists() else "0"
-        number = int(text) + 1 if text.isdecimal() else 1
-        write_atomic(self._boots, str(number).encode())
+        text = self._read(self._boots) or b"0"
+        number = int(text) + 1 if text.isdigit() else 1
+        write_atomic(self._boots, str(number).encode(), disk=self.disk)
         return number
+
+    def _read(self, path: Path) -> bytes | None:
+        with disk_errors(path):
+            return self.disk.read(path) if self.disk.exists(path) else None

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from broker_bridge.disk import disk_errors, write_atomic
+from broker_bridge.disk import REAL_DISK, Disk, disk_errors, make_folder, write_atomic
 from broker_bridge.errors import LocalError, PeerError
 from broker_bridge.task.runtime import Evaluation
 from broker_bridge.task.taskfile import Plan, Training, decode_plan
@@ -135,11 +135,13 @@ class Workbench:
         scope: str,
         load: Callable[[Plan], LocalTrainer],
         background: Background,
+        disk: Disk = REAL_DISK,
         on_progress: Callable[[Progress], None] = lambda _: None,
     ) -> None:
         self.background = background
         self.samples = 0
         self._folder = folder
+        self._disk = disk
         self._scope = scope
         self._load = load
         self._on_progress = on_progress
@@ -153,9 +155,10 @@ class Workbench:
     def stored_task(self, digest: bytes) -> bytes | None:
         """The task with this digest, if it was fetched before."""
         path = self._path(digest)
-        if not path.exists():
-            return None
-        content = path.read_bytes()
+        with disk_errors(path):
+            if not self._disk.exists(path):
+                return None
+            content = self._disk.read(path)
         return content if sha256(content) == digest else None
 
     def use_task(self, content: bytes) -> None:
@@ -167,10 +170,9 @@ class Workbench:
         self._trainer, self._plan, self._model = trainer, plan, None
         self.samples = len(trainer)
         path = self._path(plan.digest)
-        if not path.exists():
-            with disk_errors(path.parent):
-                path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            write_atomic(path, content)
+        if self.stored_task(plan.digest) is None:
+            make_folder(path.parent, disk=self._disk)
+            write_atomic(path, content, disk=self._disk)
         log.info("task %s: %d samples here", plan.task.name, self.samples)
 
     def has_model(self, digest: bytes) -> bool:

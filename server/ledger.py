@@ -17,7 +17,7 @@ from typing import Any, Literal
 import msgspec
 from numpy.typing import NDArray
 
-from broker_bridge.disk import DiskFullError, disk_errors
+from broker_bridge.disk import REAL_DISK, Disk, DiskFullError, disk_errors
 from broker_bridge.errors import LocalError, PeerError
 from broker_bridge.task.taskfile import Plan, decode_task, encode_plan
 from broker_bridge.wire import blobs, messages, weights
@@ -90,8 +90,17 @@ class Restored:
 class Ledger:
     """The memory of one federation's server. One thread uses it."""
 
-    def __init__(self, home: Home, config: ServerConfig, *, clock: Callable[[], float]) -> None:
-        self.db = Database(home.database)
+    def __init__(
+        self,
+        home: Home,
+        config: ServerConfig,
+        *,
+        clock: Callable[[], float],
+        random: Callable[[int], bytes] = random_bytes,
+        disk: Disk = REAL_DISK,
+        db: Database | None = None,
+    ) -> None:
+        self.db = db or Database(home.database)
         self.keys: ServerKeys = home.keys()
         self.task: LoadedTask | None = None
         self.model: Weights = {}
@@ -100,8 +109,10 @@ class Ledger:
         self._home = home
         self._config = config
         self._clock = clock  # seconds since 1970: for people, and for deadlines after a restart
-        self._models = ModelFiles(home.state / "models")
-        self._spool = Spool(home.state / "spool")
+        self._random = random
+        self._disk = disk
+        self._models = ModelFiles(home.state / "models", disk=disk)
+        self._spool = Spool(home.state / "spool", disk=disk)
         self._optimiser: ServerOptimiser = FedAvg()
         self._optimiser_state: Weights = {}
         self._open: _Open | None = None
@@ -111,7 +122,11 @@ class Ledger:
     def tasks(self) -> dict[str, Path]:
         """The task files that a start may name, by file name without `.task`."""
         folder = self._home.folder / "tasks"
-        found = [*sorted(folder.glob("*.task")), *(Path(t) for t in self._config.tasks)]
+        names = self._disk.names(folder) if self._disk.exists(folder) else []
+        found = [
+            *(folder / n for n in names if n.endswith(".task")),
+            *map(Path, self._config.tasks),
+        ]
         return {path.stem: path for path in found}
 
     def start(self, run: Run) -> Run:
@@ -165,7 +180,7 @@ class Ledger:
 
     def _load(self, path: Path) -> LoadedTask:
         with disk_errors(path):
-            data = path.read_bytes()
+            data = self._disk.read(path)
         try:
             plan, initial = decode_task(data)
         except PeerError as error:
@@ -213,7 +228,7 @@ class Ledger:
     def open_round(self, effect: OpenRound) -> tuple[Opened, bytes]:
         """Make a round and write it down; return it and its signed announcement."""
         assert self.task is not None  # noqa: S101 - a run has a task
-        key = random_bytes(KEY_BYTES)
+        key = self._random(KEY_BYTES)
         with self.db.reading() as tx:
             number = tx.highest_round() + 1
         announcement = self._announcement(effect, number, KemKey.from_seed(key).public)
@@ -264,7 +279,7 @@ class Ledger:
             deadline_s=effect.run.deadline_s,
             target=effect.target,
             quorum=effect.quorum,
-            lottery_seed=random_bytes(32),
+            lottery_seed=self._random(32),
             lottery_threshold=cohort.threshold(effect.online, effect.target),
             jitter_s=(effect.online // _JITTER_DEVICES_PER_S) * 1.0,
         )

@@ -78,6 +78,7 @@ class Registrar:
     home: Home
     db: Database
     clock: Callable[[], float]
+    random: Callable[[int], bytes] = random_bytes
 
     def answer(self, device: str, payload: bytes) -> bytes:
         """The signed answer to an `Enrol` that came in on the topic of `device`.
@@ -154,5 +155,5 @@ class Registrar:
             configured,
             device_kem=device.kem_public,
             server_kem=keys.kem,
-            ephemeral=KemKey.from_seed(random_bytes(KEY_BYTES)),
+            ephemeral=KemKey.from_seed(self.random(KEY_BYTES)),
         )

@@ -11,7 +11,7 @@ One server process writes. Others may read at the same time (`reading`).
 import contextlib
 import os
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +48,22 @@ _ADVICE = {
 class Database:
     """A database file (a path) or a database server (a URL with `://`)."""
 
-    def __init__(self, url_or_path: str | Path, *, busy_timeout_s: float = 10.0) -> None:
+    def __init__(
+        self,
+        url_or_path: str | Path,
+        *,
+        busy_timeout_s: float = 10.0,
+        opened: Callable[[], sqlite3.Connection] | None = None,
+    ) -> None:
         """Open it, and make it if there is none. Raises LocalError.
 
         `busy_timeout_s`: how long to wait for another process that is writing.
+        `opened`: how else than by its path SQLite's file is opened, always in autocommit mode.
         """
-        self.where, self._engine = _connect(str(url_or_path), busy_timeout_s)
+        if opened is None:
+            self.where, self._engine = _connect(str(url_or_path), busy_timeout_s)
+        else:
+            self.where, self._engine = str(url_or_path), _sqlite(opened)
         try:
             with self.transaction() as tx:
                 self._prepare(tx)
@@ -146,12 +156,11 @@ def _connect_file(path: Path, busy_timeout_s: float) -> Engine:
         # may be somebody else's.
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
     sync_folder(path.absolute().parent)
-    engine = create_engine(
-        "sqlite://",
-        creator=lambda: _open_sqlite(path, busy_timeout_s),
-        poolclass=QueuePool,
-        hide_parameters=True,
-    )
+    return _sqlite(lambda: _open_sqlite(path, busy_timeout_s))
+
+
+def _sqlite(opened: Callable[[], sqlite3.Connection]) -> Engine:
+    engine = create_engine("sqlite://", creator=opened, poolclass=QueuePool, hide_parameters=True)
     event.listen(engine, "begin", _begin)
     return engine
 

@@ -11,7 +11,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Literal
 
-from broker_bridge.disk import disk_errors, sync_folder, write_atomic
+from broker_bridge.disk import REAL_DISK, Disk, disk_errors, make_folder, write_atomic
 from broker_bridge.errors import LocalError
 
 __all__ = ["Kind", "ModelFiles"]
@@ -23,11 +23,10 @@ _NAME = re.compile(r"(\d{6,})\.(weights|optimiser)")
 class ModelFiles:
     """The folder of model versions. One process writes to it."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, disk: Disk = REAL_DISK) -> None:
         self.folder = folder
-        with disk_errors(folder):
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            sync_folder(folder.parent)
+        self._disk = disk
+        make_folder(folder, disk=disk)
 
     def path(self, version: int, kind: Kind = "weights") -> Path:
         """Where a version is, or would be."""
@@ -38,14 +37,14 @@ class ModelFiles:
 
         Raises DiskFullError or LocalError.
         """
-        write_atomic(self.path(version, kind), data)
+        write_atomic(self.path(version, kind), data, disk=self._disk)
         return hashlib.sha256(data).digest()
 
     def read(self, version: int, digest: bytes, *, kind: Kind = "weights") -> bytes:
         """Return the bytes whose SHA-256 is `digest`. Raises LocalError naming the file."""
         path = self.path(version, kind)
         with disk_errors(path):
-            data = path.read_bytes()
+            data = self._disk.read(path)
         if hashlib.sha256(data).digest() != digest:
             raise LocalError(
                 f"{path}: this is not the file that was written (its digest differs); "
@@ -71,9 +70,9 @@ class ModelFiles:
         for kind in ("optimiser", "weights"):
             path = self.path(version, kind)
             with disk_errors(path):
-                path.unlink(missing_ok=True)
+                self._disk.unlink(path)
 
     def _files(self) -> list[tuple[int, str]]:
         with disk_errors(self.folder):
-            matches = [_NAME.fullmatch(path.name) for path in self.folder.iterdir()]
+            matches = [_NAME.fullmatch(name) for name in self._disk.names(self.folder)]
         return [(int(m[1]), m[2]) for m in matches if m]

@@ -19,11 +19,17 @@ import os
 import re
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from broker_bridge.disk import disk_errors, sync_folder, write_all
+from broker_bridge.disk import (
+    REAL_DISK,
+    Disk,
+    disk_errors,
+    make_folder,
+    sync_folder,
+    write_all,
+)
 from broker_bridge.errors import LocalError, PeerError
 from broker_bridge.wire.chunks import (
     CHUNK_OVERHEAD_BYTES,
@@ -57,15 +63,15 @@ class _Held:
 class Spool:
     """The folder of sealed updates. Everything but `uploads` needs the upload to be begun."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, disk: Disk = REAL_DISK) -> None:
         self.folder = folder
+        self._disk = disk
         self._held: dict[bytes, _Held] = {}
         self._handles: OrderedDict[bytes, int] = OrderedDict()
+        make_folder(folder, disk=disk)
         with disk_errors(folder):
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            sync_folder(folder.parent)
-            found = [p for p in folder.iterdir() if _NAME.fullmatch(p.name)]
-            self._found = {bytes.fromhex(p.stem): p.stat().st_size for p in found}
+            found = [name for name in disk.names(folder) if _NAME.fullmatch(name)]
+            self._found = {bytes.fromhex(n[:-7]): disk.size(folder / n) for n in found}
         self._names_synced = False
         self._bytes = sum(self._found.values())
 
@@ -104,7 +110,7 @@ class Spool:
         if index in held.present:
             return False
         with disk_errors(self._path(upload)):
-            write_all(self._open(upload), chunk, _start(held.layout, index))
+            write_all(self._open(upload), chunk, _start(held.layout, index), disk=self._disk)
         held.present.add(index)
         held.fresh.add(index)
         held.clean = False
@@ -115,7 +121,12 @@ class Spool:
         held = self._held[upload]
         with disk_errors(self._path(upload)):
             if index in held.present:
-                write_all(self._open(upload), bytes(_HEADER_BYTES), _start(held.layout, index))
+                write_all(
+                    self._open(upload),
+                    bytes(_HEADER_BYTES),
+                    _start(held.layout, index),
+                    disk=self._disk,
+                )
         held.present.discard(index)
         held.fresh.discard(index)
 
@@ -139,15 +150,15 @@ class Spool:
             return set()
         with disk_errors(self._path(upload)):
             fd = self._open(upload)
-            size = os.fstat(fd).st_size
-            return {i for i in range(layout.count) if _is_there(fd, size, upload, layout, i)}
+            size = self._disk.size(self._path(upload))
+            return {i for i in range(layout.count) if self._is_there(fd, size, upload, layout, i)}
 
     def chunks(self, upload: bytes, layout: Layout) -> Iterator[bytes]:
         """Yield every chunk in order, as it was put. Only of a `complete` upload."""
         for index in range(layout.count):
             with disk_errors(self._path(upload)):
                 length = layout.size(index) + CHUNK_OVERHEAD_BYTES
-                chunk = os.pread(self._open(upload), length, _start(layout, index))
+                chunk = self._disk.pread(self._open(upload), length, _start(layout, index))
             yield chunk
 
     # ── Many uploads ────────────────────────────────────────────────────────────────────
@@ -162,18 +173,11 @@ class Spool:
         for start in range(0, len(waiting), _SYNCS_AT_ONCE):
             self._sync_files(waiting[start : start + _SYNCS_AT_ONCE])
         if not self._names_synced:
-            sync_folder(self.folder)
+            sync_folder(self.folder, disk=self._disk)
             self._names_synced = True
 
     def _sync_files(self, uploads: list[bytes]) -> None:
-        # All at once: the file system then puts them into one commit of its journal, where
-        # one after the other would wait for one commit each. The pool is gone with the block.
-        handles = [self._open(upload) for upload in uploads]
-        if len(handles) == 1:
-            errors = [_fdatasync(handles[0])]
-        else:
-            with ThreadPoolExecutor(len(handles)) as pool:
-                errors = list(pool.map(_fdatasync, handles))
+        errors = self._disk.fdatasync([self._open(upload) for upload in uploads])
         outcome = dict(zip(uploads, errors, strict=True))
         for upload, error in outcome.items():
             self._synced(upload) if error is None else self._distrust(upload)
@@ -207,8 +211,8 @@ class Spool:
         path = self._path(upload)
         with disk_errors(path):
             if handle is not None:
-                os.close(handle)
-            path.unlink(missing_ok=True)
+                self._disk.close(handle)
+            self._disk.unlink(path)
 
     def clear(self, *, keep: Collection[bytes] = ()) -> None:
         """Remove every upload but those in `keep`: after a round, and after a restart."""
@@ -227,7 +231,7 @@ class Spool:
     def close(self) -> None:
         """Close the files. Nothing is written: what was not synced was not promised."""
         while self._handles:
-            os.close(self._handles.popitem()[1])
+            self._disk.close(self._handles.popitem()[1])
 
     # ── Files ───────────────────────────────────────────────────────────────────────────
 
@@ -240,38 +244,27 @@ class Spool:
         if fd is None:
             flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | (os.O_CREAT if create else 0)
             with disk_errors(self._path(upload)):
-                fd = os.open(self._path(upload), flags, 0o600)
+                fd = self._disk.open(self._path(upload), flags, 0o600)
             self._handles[upload] = fd
             if len(self._handles) > _HANDLES_MAX:
-                os.close(self._handles.popitem(last=False)[1])
+                self._disk.close(self._handles.popitem(last=False)[1])
         else:
             self._handles.move_to_end(upload)
         return fd
 
-
-def _fdatasync(fd: int) -> OSError | None:
-    # On a handle that was opened again since the write, the kernel reports a failed
-    # write-back all the same (Linux ≥ 4.16).
-    try:
-        os.fdatasync(fd)
-    except OSError as error:
-        return error
-    return None
+    def _is_there(self, fd: int, size: int, upload: bytes, layout: Layout, index: int) -> bool:
+        """Whether the header of chunk `index` is in its place, and the file long enough for it."""
+        start = _start(layout, index)
+        end = start + layout.size(index) + CHUNK_OVERHEAD_BYTES
+        head = self._disk.pread(fd, CHUNK_OVERHEAD_BYTES, start)
+        if end > size or len(head) < CHUNK_OVERHEAD_BYTES:
+            return False
+        try:
+            header = chunk_header(head)
+        except PeerError:
+            return False
+        return (header.transfer, header.index, header.count) == (upload, index, layout.count)
 
 
 def _start(layout: Layout, index: int) -> int:
     return index * (layout.body_bytes + CHUNK_OVERHEAD_BYTES)
-
-
-def _is_there(fd: int, size: int, upload: bytes, layout: Layout, index: int) -> bool:
-    """Whether the header of chunk `index` is in its place, and the file long enough for it."""
-    start = _start(layout, index)
-    end = start + layout.size(index) + CHUNK_OVERHEAD_BYTES
-    head = os.pread(fd, CHUNK_OVERHEAD_BYTES, start)
-    if end > size or len(head) < CHUNK_OVERHEAD_BYTES:
-        return False
-    try:
-        header = chunk_header(head)
-    except PeerError:
-        return False
-    return (header.transfer, header.index, header.count) == (upload, index, layout.count)
