@@ -121,15 +121,15 @@ class Fleet:
         folder = self.folder / name
         bundle = [] if folder.exists() else ["--bundle", self.add(name)]
         process = self.start(name, "midge-device", "run", "--dir", folder, *bundle, *options)
-        self.wait_for(name, "ready")
-        return process
-
-    def wait_for(self, name: str, state: str) -> None:
-        """Wait until a device says that it is in `state`."""
         with self._operator() as link:
             link.subscribe([self.topics.state(name)])
-            words = f'"{state}"'.encode()
-            until(lambda: _said(link, words), f"the device {name} to be {state}")
+            until(lambda: self._is_ready(process, name, link), f"{name} to be ready")
+        return process
+
+    def _is_ready(self, process: subprocess.Popen[bytes], name: str, link: PahoLink) -> bool:
+        if process.poll() is not None:
+            raise RuntimeError(f"{name} ended:\n{self.log(name)}")
+        return _said(link, b'"ready"')
 
     # ── rounds ──────────────────────────────────────────────────────────────────────────
 
