@@ -59,6 +59,8 @@ from server.events import (
     Forget,
     Inited,
     Joined,
+    LinkDown,
+    LinkUp,
     MarkPaused,
     Opened,
     OpenRound,
@@ -134,6 +136,7 @@ class Coordinator:
         self._model_version = 0
         self._reports: dict[str, Report] = {}
         self._server_evaluates = False
+        self._connected = True
 
     # ── what others may ask ─────────────────────────────────────────────────────────────
 
@@ -242,6 +245,14 @@ class Coordinator:
             case Tick(now_s):
                 self._now_s = max(self._now_s, now_s)
                 return self._tick()
+            case LinkDown():
+                self._connected = False
+                return []
+            case LinkUp(resumed):
+                self._connected = True
+                if not resumed:
+                    self._presence.clear()  # whoever is there will say so again
+                return []
             case Commanded(command):
                 return self._commanded(command)
             case Started(run):
@@ -354,6 +365,9 @@ class Coordinator:
     def _gather(self) -> list[Effect]:
         run = self.run
         if run is None or self.paused:
+            return []
+        if not self._connected:
+            self.detail = "waiting for the broker"  # a round that nobody hears of would be lost
             return []
         online = len(self.online())
         target = run.target or online

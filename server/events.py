@@ -43,6 +43,8 @@ __all__ = [
     "Forget",
     "Inited",
     "Joined",
+    "LinkDown",
+    "LinkUp",
     "MarkPaused",
     "OpenRound",
     "Opened",
@@ -113,6 +115,18 @@ class Tick:
     """Time passes; seconds on a clock that never goes back."""
 
     now_s: float
+
+
+@dataclass(frozen=True)
+class LinkDown:
+    """There is no connection to the broker."""
+
+
+@dataclass(frozen=True)
+class LinkUp:
+    """There is one again. Not `resumed`: the broker may have forgotten who is there."""
+
+    resumed: bool
 
 
 @dataclass(frozen=True)
@@ -223,6 +237,8 @@ class Reported:
 
 Event = (
     Tick
+    | LinkDown
+    | LinkUp
     | Commanded
     | Started
     | Seen

@@ -18,6 +18,7 @@ from broker_bridge.link.base import Connected, Disconnected, Link, LinkEvent, Me
 from broker_bridge.wire import blobs, messages
 from broker_bridge.wire.messages import (
     Ack,
+    Blob,
     Busy,
     Command,
     Go,
@@ -78,6 +79,9 @@ class Service:
         self._results: queue.SimpleQueue[ev.Event] = queue.SimpleQueue()
         self._blob_at: dict[str, float] = {}
         self._retained: dict[str, int] = {}
+        self._announced: bytes | None = None  # signed, of the round that is open or was last
+        self._summed_up: bytes | None = None  # what `metrics` says
+        self._laid_out = False
 
     # ── the loop ────────────────────────────────────────────────────────────────────────
 
@@ -90,11 +94,11 @@ class Service:
 
     def begin(self) -> None:
         """Take up what was open, and listen."""
+        self._fit(self._link.limits.packet_bytes_max)
         self._restore()
         self._link.subscribe(
             [self._topics.ctl, self._topics.all_states, self._topics.all_up(self._shard)]
         )
-        self._show_presence("online")
 
     def turn(self, event: LinkEvent | None) -> None:
         """One turn: what came over the link, what was measured, and the time."""
@@ -112,11 +116,16 @@ class Service:
 
     def _take(self, event: LinkEvent) -> None:
         match event:
-            case Connected(limits):
+            case Connected(limits, resumed):
                 log.info("connected to the broker")
-                self._ledger.packet_bytes = min(LIMITS.packet_bytes_max, limits.packet_bytes_max)
+                self._fit(limits.packet_bytes_max)
+                self._show_presence("online")  # our last will may have said otherwise
+                if not (resumed and self._laid_out):
+                    self._lay_out()
+                self._handle([ev.LinkUp(resumed)])
             case Disconnected(reason):
                 log.warning("connection lost: %s", reason)
+                self._handle([ev.LinkDown()])
             case Message():
                 try:
                     self._handle(self._understand(event))
@@ -313,7 +322,8 @@ class Service:
         )  # fmt: skip
         if summary.evaluation:
             self._ledger.measured(summary)
-        self._publish(self._topics.metrics, messages.encode_json(summary), retain=True)
+        self._summed_up = messages.encode_json(summary)
+        self._publish(self._topics.metrics, self._summed_up, retain=True)
         self._on_summary(summary)
 
     def _respond(self, reply: Reply) -> None:
@@ -330,7 +340,25 @@ class Service:
 
     # ── what lies on the broker ─────────────────────────────────────────────────────────
 
+    def _fit(self, packet_bytes_max: int) -> None:
+        self._ledger.packet_bytes = min(LIMITS.packet_bytes_max, packet_bytes_max)
+
+    def _lay_out(self) -> None:
+        """Retain everything that should lie there: a broker without our session may have nothing.
+
+        The announcement comes last. A device that hears it again asks at once for what it
+        still waits for: by then task and model are there, and so are our subscriptions.
+        """
+        self._laid_out = True
+        self._retain("task")
+        self._retain("model")
+        if self._summed_up is not None:
+            self._publish(self._topics.metrics, self._summed_up, retain=True)
+        if self._announced is not None:
+            self._announce(self._announced)
+
     def _announce(self, signed: bytes) -> None:
+        self._announced = signed
         self._publish(self._topics.round, signed, retain=True)
 
     def _retain(self, kind: Literal["task", "model"]) -> None:
@@ -339,7 +367,7 @@ class Service:
         if task is None:
             return
         content = task.plan_bytes if kind == "task" else self._ledger.model_bytes
-        blob = self._ledger.task_blob() if kind == "task" else self._ledger.model_blob()
+        blob = self._blob(kind)
         topic = self._topics.task if kind == "task" else self._topics.model
         chunks = blobs.seal_blob(content, blob, fleet_key=self._ledger.keys.fleet_key)
         count = 0
@@ -350,10 +378,17 @@ class Service:
         self._retained[kind] = count
         self._blob_at[kind] = self._clock()
 
+    def _blob(self, kind: Literal["task", "model"]) -> Blob:
+        """How it is cut: as the open round announced it, whatever the broker takes by now."""
+        fresh = self._ledger.task_blob() if kind == "task" else self._ledger.model_blob()
+        this = self._coordinator.announcement
+        announced = None if this is None else this.task if kind == "task" else this.model
+        return announced if announced and announced.digest == fresh.digest else fresh
+
     def _repeat_blob(self, need: NeedBlob) -> None:
         if self._ledger.task is None:
             raise PeerError("no_open_round", "there is no task to send")
-        blob = self._ledger.task_blob() if need.kind == "task" else self._ledger.model_blob()
+        blob = self._blob(need.kind)
         if blob.digest != need.digest:
             raise PeerError("other_round", f"a {need.kind} that is not the present one")
         if self._clock() - self._blob_at.get(need.kind, -_REPEAT_BLOB_S) >= _REPEAT_BLOB_S:
@@ -378,10 +413,8 @@ class Service:
             return
         log.info("going on with run %d of task %s", found.run.id, found.run.task)
         self._evaluator = self._make_evaluator()
-        self._retain("task")
-        self._retain("model")
         if found.opened is not None:
-            self._announce(found.signed)
+            self._announced = found.signed  # retained with all the rest once we are connected
         effects = self._coordinator.restore(
             found.run, found.opened, found.uploads, now_s=self._clock(),
             elapsed_s=found.elapsed_s, paused=found.paused, last=found.last,

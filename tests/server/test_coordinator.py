@@ -44,6 +44,8 @@ from server.events import (
     Forget,
     Inited,
     Joined,
+    LinkDown,
+    LinkUp,
     MarkPaused,
     Opened,
     OpenRound,
@@ -778,6 +780,8 @@ def joined(device: str, number: int, claimed: int) -> Joined:
 ids = st.builds(lambda d, n, a: ids_of(d, n)[a], devices, rounds_, attempts)
 any_event = st.one_of(
     st.floats(0, 3000).map(Tick),
+    st.just(LinkDown()),
+    st.booleans().map(LinkUp),
     st.builds(
         lambda c, t, q: Commanded(Command(cmd=c, target=t, quorum=q, rounds=2)),
         st.sampled_from(["start", "stop", "pause", "resume", "status"]),
