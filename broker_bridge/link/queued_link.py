@@ -1,4 +1,4 @@
-"""The owner's half of a Link that has a network thread: bounded queues behind one lock.
+"""The owner's half of a Link whose network is served elsewhere: bounded queues, one lock.
 
 Promises: nothing grows past its bound, whoever is slow. A full send queue is the
 owner's to notice (`room`, `flush`, LinkError); when the receive queue is full,
@@ -6,9 +6,7 @@ owner's to notice (`room`, `flush`, LinkError); when the receive queue is full,
 so the broker waits and nothing is lost. Knows no socket and no MQTT library.
 """
 
-import contextlib
 import logging
-import socket
 import threading
 import time
 from collections import deque
@@ -36,7 +34,7 @@ def packet_bytes(topic: str, payload: bytes, *, protocol: str) -> int:
 
 
 class QueuedLink:
-    """Everything of `link.base.Link` but the network. Subclasses supply the thread."""
+    """Everything of `link.base.Link` but the network, which subclasses supply."""
 
     def __init__(self, *, protocol: str, receive_queue_bytes_max: int,
                  send_queue_bytes_max: int) -> None:
@@ -70,13 +68,9 @@ class QueuedLink:
         self._woken = False
         self._closing_since: float | None = None
         self._crash: Exception | None = None
-        self._wake_read, self._wake_write = socket.socketpair()
-        self._wake_read.setblocking(False)
-        self._wake_write.setblocking(False)
-        self._thread = threading.Thread(target=self._run, name="midge-link", daemon=True)
 
-    def _run(self) -> None:
-        """The network half, in `_thread`. Ends when `_closing_since` is set."""
+    def _poke(self) -> None:
+        """The owner queued something: have the network half look at the queues."""
         raise NotImplementedError
 
     @property
@@ -189,9 +183,6 @@ class QueuedLink:
                 self._closing_since = time.monotonic()
             self._changed.notify_all()
         self._poke()
-        # A name look-up or a handshake cannot be interrupted; then the thread, a daemon,
-        # finds the flag when it returns.
-        self._thread.join(timeout=GOODBYE_S + 1.0)
 
     # What follows is for the network half.
 
@@ -296,7 +287,8 @@ class QueuedLink:
         if self._crash is not None:
             raise self._crash
 
-    def _poke(self) -> None:
-        # A full pipe wakes the thread just as well, and a closed one needs no waking.
-        with contextlib.suppress(BlockingIOError, OSError):
-            self._wake_write.send(b"\0")
+    def _crashed(self, error: Exception) -> None:
+        """The network half found a bug of ours: the owner sees it at his next call."""
+        with self._changed:
+            self._crash = error
+            self._changed.notify_all()

@@ -4,6 +4,7 @@ import itertools
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,8 @@ from broker_bridge.link.base import Link, Message
 from broker_bridge.link.local_broker import LocalBroker, free_port
 from broker_bridge.link.memory_link import MemoryBroker
 from broker_bridge.link.paho_link import PahoLink
+from broker_bridge.link.paho_session import SessionSettings
+from broker_bridge.link.poller import Poller
 from tests.broker_bridge.link.proxy import Proxy
 
 PLAIN_MOSQUITTO = """\
@@ -91,6 +94,35 @@ class PahoEngine(Engine):
             link.close()
             proxy.__exit__()
         self._open.clear()
+
+
+class PolledEngine(PahoEngine):
+    """Links that share one thread."""
+
+    def __init__(self, port: int) -> None:
+        super().__init__(port, protocol="5.0", lacks={})
+        self.poller = Poller()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._turn)
+        self._thread.start()
+
+    def _turn(self) -> None:
+        while not self._stop.is_set():
+            self.poller.turn(0.5)
+
+    def connect(self, name, *, will=None, session_s=600):
+        proxy = Proxy(self.port)
+        link = self.poller.open(SessionSettings(
+            host="127.0.0.1", port=proxy.port, client_id=name, will=will, session_s=session_s,
+            backoff_first_s=0.05, backoff_max_s=0.5))
+        self._open.append((link, proxy))
+        return link
+
+    def close(self):
+        super().close()
+        self._stop.set()
+        self._thread.join()
+        self.poller.close()
 
 
 @contextmanager

@@ -15,8 +15,8 @@ IOTCORE_LACKS = {
 }
 
 
-@pytest.fixture(scope="module", params=["memory", "mosquitto-5.0", "mosquitto-3.1.1", "nats",
-                                        "iotcore"])
+@pytest.fixture(scope="module", params=["memory", "mosquitto-5.0", "mosquitto-3.1.1", "polled",
+                                        "nats", "iotcore"])
 def running(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("broker")
     if request.param == "memory":
@@ -28,6 +28,9 @@ def running(request, tmp_path_factory):
         pytest.importorskip("iotcore")
         with engines.broker(folder, "iotcore") as port:
             yield lambda: engines.PahoEngine(port, protocol="auto", lacks=IOTCORE_LACKS)
+    elif request.param == "polled":
+        with engines.broker(folder, "mosquitto") as port:
+            yield lambda: engines.PolledEngine(port)
     else:
         with engines.broker(folder, "mosquitto") as port:
             protocol = request.param.removeprefix("mosquitto-")

@@ -1,6 +1,8 @@
 """The MQTT link against a real mosquitto that dies, stalls, limits and refuses."""
 
+import contextlib
 import logging
+import os
 import random
 import socket
 import threading
@@ -11,6 +13,7 @@ from broker_bridge.errors import LinkError, LocalError
 from broker_bridge.link.base import Connected, Disconnected, Message
 from broker_bridge.link.local_broker import free_port
 from broker_bridge.link.paho_link import PahoLink
+from broker_bridge.link.poller import raise_file_limit
 from broker_bridge.link.queued_link import packet_bytes
 from broker_bridge.link.tls import TlsFiles
 from server.fleet.authority import Authority
@@ -378,3 +381,14 @@ def test_a_bug_in_the_network_thread_reaches_the_owner(links):
     link = links(free_port(), "a", wait_s=None, random=broken)
     with pytest.raises(ZeroDivisionError):
         event_of(link, Message)
+
+
+def test_a_process_with_more_than_1024_open_files_still_has_a_link(plain_broker, links):
+    raise_file_limit(2000)
+    with contextlib.ExitStack() as held:
+        for _ in range(1100):
+            held.enter_context(open(os.devnull))
+        link = subscribed(links(plain_broker().port, "a"), "news", echo="echo/a")
+        link.publish("news", b"heard")
+        assert messages_until(link, b"heard") == []
+        link.close()

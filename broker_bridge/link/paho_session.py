@@ -1,0 +1,391 @@
+"""One MQTT session with one broker, step by step; whoever owns the thread does the waiting.
+
+The only file that uses paho. Every connection gets a fresh paho client, called from one
+thread and nowhere else (paho's documented "external loop": loop_read, loop_write,
+loop_misc), so paho's locks, threads and reconnect logic play no part. What the broker had
+not acknowledged is handed to the next connection. docs/decisions/0030 says why.
+
+A session goes through `_begin`, `_dial`, then `_prepare` and `_work` for as long as
+`_goes_on`, and `_end`, which says how long to stay away. Only `_dial` blocks. `paho_link`
+drives one session with a thread of its own, `poller` drives thousands with one.
+
+Promises what `link.base` promises. Messages wait for their owner in a bounded queue: when
+it is full we stop reading the socket, so the broker waits and nothing is lost. Does not
+promise order across a reconnect, nor that a publish is seen once.
+
+Idle cost. With nothing to say, MQTT sends PINGREQ and PINGRESP, 2 bytes each, once
+per keep-alive: 4 × 86400 / 60 s = 5.8 kB a day at the default. TLS 1.3 wraps each in
+22 bytes more, TCP and IPv4 take 52 bytes for each of three segments (ping, answer,
+ACK): 204 bytes a ping, 294 kB a day on the wire. A connection that died without a
+word is noticed within 2.5 keep-alives, or after 30 s when there was something to send.
+"""
+
+import logging
+import random as _random
+import socket
+import ssl
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import paho.mqtt.client as mqtt
+from paho.mqtt.enums import CallbackAPIVersion
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
+from paho.mqtt.reasoncodes import ReasonCode
+
+from broker_bridge.limits import LIMITS
+from broker_bridge.link.base import LinkLimits, Message
+from broker_bridge.link.queued_link import GOODBYE_S, MIB, QueuedLink, packet_bytes
+from broker_bridge.link.tls import Failure, explain, explain_tls
+
+__all__ = ["Connection", "PahoSession", "SessionSettings"]
+
+log = logging.getLogger(__name__)
+
+_FILTERS_PER_SUBSCRIBE = 8          # what AWS IoT Core takes in one packet
+_UNSENT_DATA_TIMEOUT_MS = 30_000    # TCP gives up on a peer that acknowledges nothing
+_RECEIVED_PACKET_BYTES_MAX = 1 * MIB
+_PACKETS_AT_ONCE = 32               # read before the owner gets a turn with the lock
+_UNSUPPORTED_VERSION = (0x01, 0x84)                     # MQTT 3.1.1 and MQTT 5 spelling
+_MAY_PASS = (0x03, 0x88, 0x89, 0x97, 0x9C, 0x9D, 0x9F)  # unavailable, busy, quota, moved, rate
+
+
+@dataclass(frozen=True, kw_only=True)
+class SessionSettings:
+    """Whom to call, as whom, and how patiently."""
+
+    host: str
+    port: int
+    client_id: str
+    tls: ssl.SSLContext | None = None
+    username: str | None = None
+    password: str | None = None
+    will: Message | None = None
+    will_delay_s: int = 0
+    keepalive_s: int = 60
+    session_s: int = 86_400
+    receive_max: int = 64
+    receive_queue_bytes_max: int = 8 * MIB
+    send_queue_bytes_max: int = 64 * MIB
+    connect_timeout_s: float = 5.0
+    backoff_first_s: float = 1.0
+    backoff_max_s: float = 60.0
+    protocol: Literal["auto", "5.0", "3.1.1"] = "auto"
+    random: Callable[[], float] = _random.random
+
+
+class _LastError(logging.Logger):
+    """Keeps what paho only logs: the TLS alert or socket error behind "connection lost"."""
+
+    text = ""
+
+    def handle(self, record: logging.LogRecord) -> None:
+        self.text = record.getMessage()
+
+
+@dataclass
+class Connection:
+    """One connection, from before it is dialled until it has ended."""
+
+    client: mqtt.Client
+    errors: "_LastError"
+    farewell: list[Failure]
+    connections_before: int
+    began_s: float
+    greeting_ends_s: float = field(default=0.0)
+
+    @property
+    def socket(self) -> Any:
+        """The socket to wait for; None when paho has closed it."""
+        return self.client.socket()
+
+
+class PahoSession(QueuedLink):
+    """See `link.base.Link`. Subclasses wait for sockets and for time to pass."""
+
+    def __init__(self, settings: SessionSettings) -> None:
+        self._protocol = "3.1.1" if settings.protocol == "3.1.1" else "5.0"
+        super().__init__(protocol=self._protocol,
+                         receive_queue_bytes_max=settings.receive_queue_bytes_max,
+                         send_queue_bytes_max=settings.send_queue_bytes_max)
+        self._settings = settings
+        self._failure: Failure | None = None
+        self._delay_s = settings.backoff_first_s
+
+    # ── One connection, step by step ────────────────────────────────────────────────────
+
+    def _begin(self) -> Connection:
+        """Prepare a connection; nothing is sent yet."""
+        errors = _LastError("paho", logging.ERROR)
+        farewell: list[Failure] = []
+        return Connection(self._make_client(errors, farewell), errors, farewell,
+                          self.connections, time.monotonic())
+
+    def _dial(self, this: Connection) -> None:
+        """Look the broker up, connect, shake hands, send CONNECT. Blocks; uses no lock."""
+        settings = self._settings
+        try:
+            this.client.connect_async(settings.host, settings.port, settings.keepalive_s,
+                                      **self._session_options())
+            this.client.reconnect()
+        except OSError as error:
+            self._broken(this, error)
+        this.greeting_ends_s = time.monotonic() + settings.connect_timeout_s
+
+    def _goes_on(self, this: Connection, now: float) -> bool:
+        """Whether there is still something to wait for. While closing, says goodbye."""
+        if this.socket is None or this.farewell:
+            return False
+        greeted = self._greeted(this)
+        if not greeted and now > this.greeting_ends_s:
+            this.farewell.append(Failure(
+                f"{self._settings.host}:{self._settings.port} accepted the connection but "
+                "did not answer; is it an MQTT broker?", try_older_mqtt=True))
+            return False
+        return not self._say_goodbye(this.client, greeted, now)
+
+    def _greeted(self, this: Connection) -> bool:
+        return self.connections > this.connections_before
+
+    def _wait_s(self, this: Connection, now: float) -> float:
+        """How long nothing may happen before `_work` is due all the same."""
+        if self._closing_since is not None:
+            return 0.05
+        tick_s = min(self._settings.keepalive_s / 4, 15.0)
+        return tick_s if self._greeted(this) else min(tick_s, this.greeting_ends_s - now + 0.01)
+
+    def _prepare(self, this: Connection) -> tuple[bool, bool]:
+        """Hand over what is queued; say whether to wait for reading and for writing."""
+        with self._changed:
+            reading = not self._greeted(this) or self._may_read()
+            self._hand_over(this.client)
+        return reading, this.client.want_write()
+
+    def _work(self, this: Connection, *, readable: bool, writable: bool) -> None:
+        """Let paho do what the socket allows."""
+        client = this.client
+        if readable:
+            # paho takes one packet a call; what else is here is taken without another wait.
+            for _ in range(_PACKETS_AT_ONCE):
+                before = self.bytes_received
+                client.loop_read()
+                if self.bytes_received == before or not self._may_read():
+                    break
+        if writable:
+            client.loop_write()
+        client.loop_misc()
+
+    def _broken(self, this: Connection, error: OSError) -> None:
+        """The socket failed under us."""
+        this.farewell.append(explain(error, host=self._settings.host, port=self._settings.port))
+
+    def _end(self, this: Connection) -> float:
+        """The connection is over: say so, and how many seconds to stay away."""
+        if (sock := this.socket) is not None:
+            sock.close()
+        self._take_back()
+        if self._closing_since is not None:
+            return 0.0
+        greeted = self._greeted(this)
+        failure = this.farewell[0] if this.farewell else self._why_lost(this.errors.text,
+                                                                       greeted=greeted)
+        if not greeted and self._choose_protocol(failure):
+            return 0.0
+        self._report(failure)
+        # A connection that outlived the wait before it was a success. One that did not
+        # (two clients of one name throwing each other out) must not start again at once.
+        if greeted and time.monotonic() - this.began_s > self._delay_s:
+            self._delay_s = self._settings.backoff_first_s
+        delay_s = self._delay_s * (0.5 + 0.5 * self._settings.random())
+        self._delay_s = min(self._delay_s * 2, self._settings.backoff_max_s)
+        return delay_s
+
+    def _choose_protocol(self, failure: Failure) -> bool:
+        """Change between MQTT 5 and 3.1.1 if that may help; say whether to try at once."""
+        if self._settings.protocol != "auto" or not failure.try_older_mqtt:
+            return False
+        self._protocol = "3.1.1" if self._protocol == "5.0" else "5.0"
+        return self._protocol == "3.1.1"
+
+    def _report(self, failure: Failure) -> None:
+        with self._changed:
+            is_news = self._connected or failure != self._failure
+            self._failure = failure
+            if is_news:
+                log.debug("not connected: %s", failure.reason)  # the owner hears it as an event
+                self._down(failure.reason)
+            self._changed.notify_all()
+
+    # ── Why a connection ended ──────────────────────────────────────────────────────────
+
+    def _why_lost(self, text: str, *, greeted: bool) -> Failure:
+        where = f"{self._settings.host}:{self._settings.port}"
+        if "SSL" in text:
+            return explain_tls(text, where=where)
+        if greeted:
+            return Failure(f"the connection to {where} was lost")
+        return Failure(f"{where} hung up without a word; is it an MQTT broker, and is TLS set "
+                       "there as it is here?", try_older_mqtt=True)
+
+    def _make_client(self, errors: logging.Logger, farewell: list[Failure]) -> mqtt.Client:
+        settings = self._settings
+        v5 = self._protocol == "5.0"
+        client = mqtt.Client(
+            CallbackAPIVersion.VERSION2,
+            client_id=settings.client_id,
+            clean_session=None if v5 else settings.session_s == 0,
+            protocol=mqtt.MQTTv5 if v5 else mqtt.MQTTv311,
+            reconnect_on_failure=False,
+            manual_ack=True,
+        )
+        client.enable_logger(errors)
+        client.connect_timeout = settings.connect_timeout_s
+        # We bound both ourselves, before paho sees a publish.
+        client.max_inflight_messages_set(0)
+        client.max_queued_messages_set(0)
+        if settings.tls is not None:
+            client.tls_set_context(settings.tls)
+        if settings.username is not None:
+            client.username_pw_set(settings.username, settings.password)
+        if settings.will is not None:
+            client.will_set(settings.will.topic, settings.will.payload, qos=1,
+                            retain=settings.will.retained, properties=self._will_properties())
+        client.on_connect = self._on_connect(farewell)
+        client.on_disconnect = _on_disconnect(farewell)
+        client.on_message = self._on_message
+        client.on_publish = self._on_publish
+        client.on_subscribe = self._on_subscribe
+        client.on_socket_open = _tune_socket
+        return client
+
+    def _will_properties(self) -> Properties | None:
+        if self._protocol != "5.0" or self._settings.will_delay_s == 0:
+            return None
+        properties = Properties(PacketTypes.WILLMESSAGE)  # type: ignore[no-untyped-call]
+        properties.WillDelayInterval = self._settings.will_delay_s
+        return properties
+
+    def _session_options(self) -> dict[str, Any]:
+        if self._protocol != "5.0":
+            return {}
+        properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
+        properties.SessionExpiryInterval = self._settings.session_s
+        # Unacknowledged messages the broker may have on the way to us: with manual
+        # acknowledgement this is what slows a sender down to our pace.
+        properties.ReceiveMaximum = self._settings.receive_max
+        properties.MaximumPacketSize = _RECEIVED_PACKET_BYTES_MAX
+        return {"clean_start": self._settings.session_s == 0, "properties": properties}
+
+    def _say_goodbye(self, client: mqtt.Client, greeted: bool, now: float) -> bool:
+        """While closing: wait for acknowledgements, give ours, disconnect. True: hang up."""
+        if self._closing_since is None:
+            return False
+        if not greeted or now - self._closing_since > GOODBYE_S:
+            client.disconnect()         # written at once if the socket takes it
+            return True
+        with self._changed:
+            self._hand_over(client)
+            if self._all_sent() and not client.want_write():
+                # Once it is written, paho closes the socket, and that ends the loop.
+                client.disconnect()
+        return False
+
+    def _hand_over(self, client: mqtt.Client) -> None:
+        """Give paho what the owner queued, no more publishes than the broker takes at once."""
+        if not self._connected:
+            return
+        for packet_id in self._take_acks():
+            client.ack(packet_id, 1)
+        for batch in _batches(self._to_unsubscribe):
+            client.unsubscribe(batch)
+        for batch in _batches(self._to_subscribe):
+            _, subscription_id = client.subscribe([(each, 1) for each in batch])
+            if subscription_id is not None:
+                self._subscribing[subscription_id] = batch
+        self._to_unsubscribe.clear()
+        self._to_subscribe.clear()
+        while self._outgoing and len(self._inflight) < self._limits.inflight_max:
+            message = self._outgoing.popleft()
+            self._outgoing_bytes -= len(message.topic) + len(message.payload)
+            if self._fits(message):
+                sent = client.publish(message.topic, message.payload, 1, message.retained)
+                self._inflight[sent.mid] = message
+                self.bytes_sent += len(message.topic) + len(message.payload)
+        self._changed.notify_all()
+
+    def _fits(self, message: Message) -> bool:
+        """Whether the broker we have *now* takes the packet: another may have been smaller."""
+        size = packet_bytes(message.topic, message.payload, protocol=self._limits.protocol)
+        if size <= self._limits.packet_bytes_max:
+            return True
+        self._refuse(message.topic, f"{size} bytes exceed its new limit")
+        return False
+
+    # paho's callbacks follow; all run on the network thread.
+
+    def _on_connect(self, farewell: list[Failure]) -> Callable[..., None]:
+        def on_connect(_client: Any, _userdata: Any, flags: mqtt.ConnectFlags,
+                       reason: ReasonCode, properties: Properties | None) -> None:
+            if reason.is_failure:
+                farewell.append(self._why_refused(reason))
+            else:
+                self._welcome(flags.session_present, properties)
+        return on_connect
+
+    def _why_refused(self, reason: ReasonCode) -> Failure:
+        where = f"{self._settings.host}:{self._settings.port}"
+        if reason.value in _UNSUPPORTED_VERSION:
+            return Failure(f"the broker at {where} does not speak MQTT {self._protocol}",
+                           try_older_mqtt=True)
+        return Failure(f"the broker at {where} would not let {self._settings.client_id!r} in: "
+                       f"{reason}", final=reason.value not in _MAY_PASS)
+
+    def _welcome(self, resumed: bool, properties: Properties | None) -> None:
+        packet = getattr(properties, "MaximumPacketSize", LIMITS.packet_bytes_max)
+        inflight = getattr(properties, "ReceiveMaximum", LIMITS.inflight_max)
+        with self._changed:
+            self._failure = None
+            limits = LinkLimits(packet, min(inflight, LIMITS.inflight_max), self._protocol)
+            self._up(limits, resumed=resumed)
+
+    def _on_message(self, client: mqtt.Client, _userdata: Any, message: mqtt.MQTTMessage) -> None:
+        try:
+            topic = message.topic
+        except UnicodeDecodeError:
+            topic = ""
+        if topic and len(message.payload) <= _RECEIVED_PACKET_BYTES_MAX:
+            self._deliver(topic, bytes(message.payload), retained=message.retain,
+                          packet_id=message.mid if message.qos else 0)
+        else:
+            self.dropped_messages += 1
+            client.ack(message.mid, message.qos)        # or the broker would send it for ever
+
+    def _on_publish(self, _client: Any, _userdata: Any, packet_id: int,
+                    reason: ReasonCode, _properties: Any) -> None:
+        self._acknowledged(packet_id, refusal=str(reason) if reason.is_failure else None)
+
+    def _on_subscribe(self, _client: Any, _userdata: Any, packet_id: int,
+                      reasons: list[ReasonCode], _properties: Any) -> None:
+        self._subscribed(packet_id, [str(each) if each.is_failure else None for each in reasons])
+
+
+def _on_disconnect(farewell: list[Failure]) -> Callable[..., None]:
+    def on_disconnect(_client: Any, _userdata: Any, flags: mqtt.DisconnectFlags,
+                      reason: ReasonCode, _properties: Any) -> None:
+        if flags.is_disconnect_packet_from_server:
+            farewell.append(Failure(f"the broker ended the connection: {reason}"))
+    return on_disconnect
+
+
+def _tune_socket(_client: Any, _userdata: Any, sock: Any) -> None:
+    # Acknowledgements are small; waiting to fill a segment would cost 40 ms each.
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _UNSENT_DATA_TIMEOUT_MS)
+
+
+def _batches(filters: list[str]) -> list[list[str]]:
+    step = _FILTERS_PER_SUBSCRIBE
+    return [filters[i:i + step] for i in range(0, len(filters), step)]
