@@ -43,9 +43,26 @@ def naming_the_layer(model: Any) -> Iterator[None]:
     except MidgeError:
         raise
     except Exception as error:
-        lines = [line for line in str(error).splitlines() if line.strip()]
-        first = lines[0] if lines else type(error).__name__
-        raise LocalError(f"the model {model.name!r} cannot be traced: {first}") from error
+        raise LocalError(
+            f"the model {model.name!r} cannot be traced{_place(error)}: {_reason(error)}"
+        ) from error
+
+
+def _place(error: Exception) -> str:
+    """Return the layer that Keras or TensorFlow names in their long messages."""
+    found = re.search(r"when calling (?:layer )?'?([\w.]+)'?", str(error))
+    return f", in {found[1].removesuffix('.call')}" if found else ""
+
+
+def _reason(error: Exception) -> str:
+    """Return the one line that says what is wrong."""
+    plain = re.sub(r"\x1b\[\d+m", "", str(error))
+    lines = [line.strip() for line in plain.splitlines() if line.strip()]
+    named = [line for line in lines if re.match(r"\w*(Error|Exception): ", line)]
+    if named:
+        return named[-1].split(": ", 1)[1]
+    told = [line for line in lines if not line.startswith(("in user code", "File ", "Exception"))]
+    return (told or lines or [type(error).__name__])[0]
 
 
 def explain(error: Exception, graph: Any) -> LocalError:

@@ -64,8 +64,7 @@ def build(model: Path, output: Path | None, function: str, **given: Any) -> None
     Example:
       midge task build my_model.py -o my.task --batch-size 16 --licence "our own data"
     """
-    exporter = _exporter()
-    network, options = exporter.load_model_file(str(model), function)
+    network, options, exporter = _load(model, function)
     named = {name: value for name, value in given.items() if value not in (None, ())}
     data = exporter.build_task(network, dataclasses.replace(options, **named))
     output = output or model.with_suffix(".task")
@@ -120,11 +119,10 @@ def verify(
     Example:
       midge task verify my_model.py my.task --data npz:samples.npz
     """
-    exporter = _exporter()
+    plan, _ = read_task(file)
+    network, options, exporter = _load(model, function)
     from server.tasks.selfcheck import check_task
 
-    plan, _ = read_task(file)
-    network, options = exporter.load_model_file(str(model), function)
     subject = exporter.subject_of(network, options, plan.task)
     batches = _batches(file, plan.task, data, steps) if data else None
     found = check_task(
@@ -167,7 +165,10 @@ def try_command(file: Path, data: str, picture: Path | None, **given: Any) -> No
         click.echo(f"the curve is in {picture}")
 
 
-def _exporter() -> Any:
+def _load(model: Path, function: str) -> tuple[Any, Any, Any]:
+    """Return (Keras model, its options, the exporter module)."""
+    if not model.is_file():     # known without waiting for TensorFlow
+        raise LocalError(f"there is no Python file {model}")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     try:
         from server.tasks import exporter
@@ -175,7 +176,8 @@ def _exporter() -> Any:
         raise LocalError(
             f"TensorFlow is needed for this ({error}): pip install 'midge[export]'"
         ) from None
-    return exporter
+    network, options = exporter.load_model_file(str(model), function)
+    return network, options, exporter
 
 
 def _batches(file: Path, about: Task, data: str, count: int) -> list[Samples]:

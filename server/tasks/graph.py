@@ -23,7 +23,7 @@ from server.tasks.objectives import Objective
 from server.tasks.optimisers import Rule
 from server.tasks.tracing import NoiseFeed, call, convertible
 
-__all__ = ["Graph", "graph_of", "unique_names"]
+__all__ = ["Graph", "graph_of", "travelling_shape", "unique_names"]
 
 
 @dataclass(frozen=True)
@@ -87,17 +87,20 @@ class _Builder:
 
     def split(self, weights: list[Any]) -> tuple[list[Any], list[Any]]:
         """Return (trainable, all non-trainable): frozen ones as constants."""
-        count = len(self.trainable)
+        own = [tf.reshape(w, v.shape) for w, v in zip(weights, self.travelling, strict=True)]
         others = [tf.constant(value) for value in self._frozen]
-        for place, value in zip(self.moving, weights[count:], strict=True):
+        for place, value in zip(self.moving, own[len(self.trainable) :], strict=True):
             others[place] = value
-        return weights[:count], others
+        return own[: len(self.trainable)], others
+
+    def weight_specs(self) -> dict[str, Any]:
+        return _specs("w", [travelling_shape(v) for v in self.travelling])
 
     def train(self, batch_size: int) -> Any:
-        weights = _specs("w", [(tuple(v.shape), "float32") for v in self.travelling])
-        slots = _specs("o", [(s.tensor.shape, "float32") for s in self.slots()])
-        noise = _specs("r", [(n.shape, "float32") for n in self.noise])
-        anchors = _specs("a", [(tuple(v.shape), "float32") for v in self.trainable])
+        weights = self.weight_specs()
+        slots = _specs("o", [s.tensor.shape for s in self.slots()])
+        noise = _specs("r", [n.shape for n in self.noise])
+        anchors = _specs("a", [travelling_shape(v) for v in self.trainable])
         arguments = self._batch_specs(batch_size) | {
             name: tf.TensorSpec([1], tf.float32, name)
             for name in ("rows", "learning_rate", "proximal_mu", "clip_norm")
@@ -111,7 +114,8 @@ class _Builder:
         return tf.function(train).get_concrete_function(**arguments)
 
     def _step(self, feed: dict[str, Any]) -> dict[str, Any]:
-        weights, others = self.split(_take(feed, "w"))
+        fed = _take(feed, "w")
+        weights, others = self.split(fed)
         present = _present(feed)
         with convertible(self.model, NoiseFeed(_take(feed, "r")), present=present):
             output, after, penalties = call(
@@ -120,17 +124,17 @@ class _Builder:
             sums, counts = self.objective.sums(feed["y"], output, feed["sample_weight"])
             loss = self.objective.batch_loss(feed["y"], output, feed["sample_weight"], present)
         loss = tf.add_n([loss, *map(tf.reduce_sum, penalties)])
-        gradients = self._gradients(loss, weights)
-        gradients = _clipped(gradients, feed["clip_norm"])
+        gradients = _clipped(self._gradients(loss, weights), feed["clip_norm"])
+        fed = fed[: len(weights)]
         gradients = [
-            g + (w - a) * feed["proximal_mu"]
-            for g, w, a in zip(gradients, weights, _take(feed, "a"), strict=True)
+            tf.reshape(g, w.shape) + (w - a) * feed["proximal_mu"]
+            for g, w, a in zip(gradients, fed, _take(feed, "a"), strict=True)
         ]
-        weights, slots = self.rule.apply(
-            weights, gradients, _take(feed, "o"), feed["learning_rate"]
-        )
-        statistics = [after[i] for i in self.moving]
-        new = {f"w{i}": value for i, value in enumerate([*weights, *statistics])}
+        moved, slots = self.rule.apply(fed, gradients, _take(feed, "o"), feed["learning_rate"])
+        statistics = [
+            tf.reshape(after[i], travelling_shape(self.others[i])) for i in self.moving
+        ]
+        new = {f"w{i}": value for i, value in enumerate([*moved, *statistics])}
         new |= {f"o{i}": value for i, value in enumerate(slots)}
         return {"loss": tf.reshape(loss, [1]), "sums": sums, "counts": counts} | new
 
@@ -145,7 +149,7 @@ class _Builder:
         return [tf.convert_to_tensor(g) for g in gradients]    # sparse ones become dense
 
     def evaluate(self, batch_size: int) -> Any:
-        weights = _specs("w", [(tuple(v.shape), "float32") for v in self.travelling])
+        weights = self.weight_specs()
 
         def evaluate(**feed: Any) -> dict[str, Any]:
             trainable, others = self.split(_take(feed, "w"))
@@ -163,7 +167,7 @@ class _Builder:
         return tf.function(evaluate).get_concrete_function(**arguments)
 
     def infer(self, batch_size: int) -> Any:
-        weights = _specs("w", [(tuple(v.shape), "float32") for v in self.travelling])
+        weights = self.weight_specs()
 
         def infer(**feed: Any) -> dict[str, Any]:
             trainable, others = self.split(_take(feed, "w"))
@@ -180,7 +184,7 @@ class _Builder:
         """Return the optimiser's tensors, weight by weight, then the step counter."""
         paths = unique_names([v.path for v in self.trainable])
         slots = [
-            Slot(TensorSpec(f"{path}/{name}", "float32", tuple(v.shape)), self.rule.initial)
+            Slot(TensorSpec(f"{path}/{name}", "float32", travelling_shape(v)), self.rule.initial)
             for path, v in zip(paths, self.trainable, strict=True)
             for name in self.rule.slots
         ]
@@ -221,7 +225,10 @@ def graph_of(
     }
     variables = tuple(builder.travelling)
     names = unique_names([v.path for v in variables])
-    initial = {name: v.numpy() for name, v in zip(names, variables, strict=True)}
+    initial = {
+        name: v.numpy().reshape(travelling_shape(v))
+        for name, v in zip(names, variables, strict=True)
+    }
     specs = tuple(TensorSpec(name, "float32", a.shape) for name, a in initial.items())
     return Graph(
         functions, variables, specs, initial, len(builder.trainable), builder.noise,
@@ -245,10 +252,15 @@ def _take(feed: dict[str, Any], letter: str) -> list[Any]:
     return found
 
 
-def _specs(letter: str, shapes: list[tuple[tuple[int, ...], str]]) -> dict[str, Any]:
+def travelling_shape(variable: Any) -> tuple[int, ...]:
+    """Return the shape in which `variable` travels: a scalar as [1]."""
+    return tuple(variable.shape) or (1,)
+
+
+def _specs(letter: str, shapes: list[tuple[int, ...]]) -> dict[str, Any]:
     return {
-        f"{letter}{i}": tf.TensorSpec(shape, dtype, f"{letter}{i}")
-        for i, (shape, dtype) in enumerate(shapes)
+        f"{letter}{i}": tf.TensorSpec(shape, tf.float32, f"{letter}{i}")
+        for i, shape in enumerate(shapes)
     }
 
 

@@ -40,6 +40,7 @@ class Objective:
 
     def batch_loss(self, y: Any, output: Any, sample_weight: Any, present: Any) -> Any:
         """Return what Keras would minimise for the batch's real rows."""
+        sample_weight = self.row_weights(y, output, sample_weight)
         mask = getattr(output, "_keras_mask", None)
         reduction = self.loss.reduction
         if mask is not None:
@@ -49,6 +50,14 @@ class Objective:
             # Keras divides by the rows of the batch; only some of them are real.
             sample_weight = sample_weight * (present.shape[0] / tf.reduce_sum(present))
         return self.loss(y, output, sample_weight=sample_weight)
+
+    def row_weights(self, y: Any, output: Any, sample_weight: Any) -> Any:
+        """Return `sample_weight` [batch] as [batch, 1, …], of the rank of the loss' values.
+
+        Keras takes [batch] for [batch, steps] only by accident, where both are equal.
+        """
+        rank = len(self.loss.call(y, output).shape)
+        return tf.reshape(sample_weight, [-1] + [1] * (rank - 1))
 
     def sums(self, y: Any, output: Any, sample_weight: Any) -> tuple[Any, Any]:
         """Return Σ weight·value and Σ weight, for the loss and then each metric: [1 + metrics]."""
@@ -74,8 +83,23 @@ def objective_of(
     if metrics is None:
         compiled = getattr(model, "_compile_metrics", None)
         metrics = compiled._user_metrics if compiled is not None else None
+    _refuse_misfit(found, name, label, output)
     named = tuple(_metric(metric, label, output) for metric in metrics or ())
     return Objective(name, found, named, label, _label_range(found, integers, output))
+
+
+def _refuse_misfit(loss: Any, name: str, label: TensorSpec, output: TensorSpec) -> None:
+    def values(y: Any, out: Any) -> Any:
+        return loss.call(y, out)
+
+    specs = (tf.TensorSpec([2, *spec.shape], spec.dtype) for spec in (label, output))
+    try:
+        tf.function(values).get_concrete_function(*specs)
+    except Exception as error:
+        raise LocalError(
+            f"the loss {name} does not fit the model's output {list(output.shape)} and labels of "
+            f"{label.dtype}{list(label.shape)}: {str(error).strip().splitlines()[-1].strip()}"
+        ) from error
 
 
 def _label_range(loss: Any, integers: bool, output: TensorSpec) -> tuple[float, float] | None:
@@ -98,7 +122,7 @@ def _loss_of(model: Any, loss: Any) -> Any:
     except ValueError as error:
         raise LocalError(f"there is no loss {loss!r}: {str(error).splitlines()[0]}") from None
     if not isinstance(found, keras.losses.Loss):
-        name = getattr(found, "__name__", "loss")
+        name = getattr(found, "__name__", "loss").strip("<>")    # of a lambda, too
         found = keras.src.losses.losses.LossFunctionWrapper(found, name=name)
     if found.reduction in (None, "none"):
         raise LocalError(
@@ -169,10 +193,9 @@ def _top_k(k: int, *, sparse: bool) -> Values:
 
 def _weighted(values: Any, sample_weight: Any, mask: Any) -> tuple[Any, Any]:
     values = tf.cast(values, tf.float32)
-    weight = sample_weight
-    if mask is not None:
-        mask, weight = squeeze_or_expand_to_same_rank(tf.cast(mask, tf.float32), weight)
-        weight = weight * mask
-    values, weight = squeeze_or_expand_to_same_rank(values, weight)
+    weight = tf.reshape(sample_weight, [-1] + [1] * (len(values.shape) - 1))
     weight = weight * tf.ones_like(values)
+    if mask is not None:
+        weight, mask = squeeze_or_expand_to_same_rank(weight, tf.cast(mask, tf.float32))
+        weight = weight * mask
     return tf.reduce_sum(values * weight), tf.reduce_sum(weight)

@@ -125,7 +125,12 @@ def _adam(config: dict[str, Any]) -> Parts:
         return -(mean * alpha / scale), [mean, square, *highest]
 
     slots = ("mean", "square", "highest") if amsgrad else ("mean", "square")
-    return config.get("name", "adam"), slots, update, 0.0, True
+    return "adam", slots, update, 0.0, True
+
+
+def _adamw(config: dict[str, Any]) -> Parts:
+    """Adam, and the weight decay that every rule here can have."""
+    return ("adamw", *_adam(config)[1:])
 
 
 def _rmsprop(config: dict[str, Any]) -> Parts:
@@ -163,7 +168,7 @@ def _adagrad(config: dict[str, Any]) -> Parts:
 _RULES = {
     "SGD": _sgd,
     "Adam": _adam,
-    "AdamW": _adam,
+    "AdamW": _adamw,
     "RMSprop": _rmsprop,
     "Adagrad": _adagrad,
 }

@@ -21,6 +21,7 @@ from broker_bridge.task.runtime import draw_noise
 from broker_bridge.task.samples import Samples
 from broker_bridge.task.taskfile import Plan, Task, Training
 from server.tasks.checks import Result, installed_runtimes, random_steps, run_on_device
+from server.tasks.graph import travelling_shape
 from server.tasks.objectives import Objective
 from server.tasks.tracing import NoiseFeed, drawing, packed
 
@@ -138,9 +139,9 @@ def _train(
 ) -> Reference:
     model, objective = subject.model, subject.objective
     optimiser = _fresh(subject.optimiser, settings)
-    start = tuple(v.numpy() for v in subject.variables)
+    start = _values(subject)
     trainable = model.trainable_variables
-    faint = [np.zeros(v.shape, bool) for v in subject.variables]
+    faint = [np.zeros(array.shape, bool) for array in start]
     losses = []
     for number, step in enumerate(steps):
         noise = draw_noise(task, number)
@@ -152,9 +153,13 @@ def _train(
         losses.append(float(loss))
     output, evaluation = _judge(model, objective, steps[0])
     return Reference(
-        start, tuple(v.numpy() for v in subject.variables), tuple(losses), tuple(faint),
+        start, _values(subject), tuple(losses), tuple(faint),
         output, evaluation,
     )
+
+
+def _values(subject: Subject) -> tuple[Array, ...]:
+    return tuple(v.numpy().reshape(travelling_shape(v)) for v in subject.variables)
 
 
 def _gradients(
@@ -164,7 +169,8 @@ def _gradients(
     own = [n[:rows] if n.shape[0] == task.batch_size else n for n in noise]
     with drawing(NoiseFeed([tf.constant(n) for n in own])), tf.GradientTape() as tape:
         output = model(_fed(model, step), training=True)
-        loss = objective.loss(step.labels, output, sample_weight=step.weights)
+        weights = objective.row_weights(step.labels, output, step.weights)
+        loss = objective.loss(step.labels, output, sample_weight=weights)
         loss = tf.add_n([loss, *map(tf.reduce_sum, model.losses)])
     gradients = tape.gradient(loss, [v.value for v in model.trainable_variables])
     return loss, [tf.convert_to_tensor(g) for g in gradients]
@@ -178,7 +184,7 @@ def _shaped(
     if not settings.proximal_mu:
         return gradients
     return [
-        g + settings.proximal_mu * (v.value - a)
+        g + settings.proximal_mu * (v.value - a.reshape(v.shape))
         for g, v, a in zip(gradients, variables, start, strict=False)
     ]
 
@@ -187,7 +193,7 @@ def _mark_faint(faint: list[Array], gradients: list[Any]) -> None:
     """Adaptive rules divide by the gradient's size: where that is all rounding, so is the step."""
     largest = max(np.abs(g.numpy()).max() for g in gradients)
     for mask, gradient in zip(faint, gradients, strict=False):
-        mask |= np.abs(gradient.numpy()) < 1e-4 * largest
+        mask |= np.abs(gradient.numpy()).reshape(mask.shape) < 1e-4 * largest
 
 
 def _judge(

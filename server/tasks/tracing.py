@@ -18,6 +18,7 @@ from keras.src import backend
 
 from broker_bridge.errors import LocalError
 from broker_bridge.task.taskfile import Noise
+from server.tasks import elementwise
 
 __all__ = ["NoiseFeed", "all_layers", "call", "convertible", "drawing", "packed"]
 
@@ -98,8 +99,8 @@ def convertible(model: Any, noise: NoiseFeed, *, present: Any | None = None) -> 
                 if hasattr(layer, "use_cudnn"):
                     swaps.enter_context(_swapped(layer, "use_cudnn", False))
         swaps.enter_context(drawing(noise))
-        for name, function in _PLAIN.items():
-            swaps.enter_context(_swapped(backend.numpy, name, function))
+        for owner, name, function in _PLAIN:
+            swaps.enter_context(_swapped(owner, name, function))
         if present is not None:
             kind = keras.layers.BatchNormalization
             swaps.enter_context(_swapped(kind, "_moments", _moments(kind._moments, present)))
@@ -125,8 +126,14 @@ def _arg(function: Any) -> Callable[..., Any]:
     return arg
 
 
-# Keras tells -0.0 from 0.0 by their bits here, which does not lower.
-_PLAIN = {"argmax": _arg(tf.argmax), "argmin": _arg(tf.argmin)}
+# What Keras computes with ops that have no builtin kernel. Its argmax tells -0.0 from 0.0
+# by their bits.
+_PLAIN = (
+    (backend.numpy, "argmax", _arg(tf.argmax)),
+    (backend.numpy, "argmin", _arg(tf.argmin)),
+    (backend.nn, "gelu", elementwise.gelu),
+    (backend.math, "erf", elementwise.erf),
+)
 
 
 def _draws(noise: NoiseFeed) -> dict[str, Callable[..., Any]]:

@@ -27,7 +27,7 @@ from broker_bridge.task.samples import Samples
 from broker_bridge.task.taskfile import Training, decode_plan
 from broker_bridge.wire import weights as wire
 
-__all__ = ["main", "read_steps"]
+__all__ = ["main", "read_steps", "train"]
 
 
 def read_steps(path: Path) -> list[Samples]:
@@ -44,8 +44,29 @@ def read_steps(path: Path) -> list[Samples]:
     return steps
 
 
+def train(
+    runtime: TaskRuntime, weights: wire.Tensors, steps: list[Samples], settings: Training
+) -> dict[str, Any]:
+    """Return what training `steps` makes of `weights`: the arrays of result.npz."""
+    state = start = runtime.fresh_state(weights)
+    losses = []
+    for number, step in enumerate(steps):
+        result = _step(runtime, state, step, settings, start.weights, number)
+        state = result.state
+        losses.append(result.loss)
+    specs = runtime.task.weights
+    final = {spec.name: array for spec, array in zip(specs, state.weights, strict=True)}
+    evaluation = runtime.evaluate(final, steps[0])
+    arrays: dict[str, Any] = {f"w{i}": a for i, a in enumerate(state.weights)}
+    arrays |= {f"o{i}": a for i, a in enumerate(state.slots)}
+    arrays["losses"] = np.array(losses)
+    arrays["evaluation"] = np.array([evaluation.loss, *evaluation.metrics.values()])
+    arrays["output"] = runtime.infer(final, steps[0].inputs)
+    return arrays
+
+
 def main(folder: Path, runtime_name: str, repeat: int) -> None:
-    """Train the steps (the last state is the result), evaluate, infer; time `repeat` more steps."""
+    """Train, evaluate and infer as `train`; then time the first step `repeat` times."""
     plan = decode_plan((folder / "plan").read_bytes())
     weights = wire.decode((folder / "weights").read_bytes())
     settings = msgspec.json.decode((folder / "settings.json").read_bytes(), type=Training)
@@ -53,20 +74,8 @@ def main(folder: Path, runtime_name: str, repeat: int) -> None:
     started = time.perf_counter()
     runtime = TaskRuntime(plan, prefer=runtime_name)
     loading = time.perf_counter() - started
-    state = start = runtime.fresh_state(weights)
-    losses = []
-    for number, step in enumerate(steps):
-        result = _step(runtime, state, step, settings, start.weights, number)
-        state = result.state
-        losses.append(result.loss)
-    final = {s.name: a for s, a in zip(plan.task.weights, state.weights, strict=True)}
-    evaluation = runtime.evaluate(final, steps[0])
-    arrays: dict[str, Any] = {f"w{i}": a for i, a in enumerate(state.weights)}
-    arrays |= {f"o{i}": a for i, a in enumerate(state.slots)}
-    arrays["losses"] = np.array(losses)
-    arrays["evaluation"] = np.array([evaluation.loss, *evaluation.metrics.values()])
-    arrays["output"] = runtime.infer(final, steps[0].inputs)
-    np.savez(folder / "result.npz", **arrays)
+    np.savez(folder / "result.npz", **train(runtime, weights, steps, settings))
+    start = runtime.fresh_state(weights)
     times = []
     for _ in range(repeat):
         started = time.perf_counter()
