@@ -169,7 +169,7 @@ class Agent:
                 return [ev.LinkUp(limits.packet_bytes_max, limits.inflight_max)]
             case Disconnected(reason):
                 log.warning("connection lost: %s", reason)
-                return []
+                return [ev.LinkDown()]
             case Message():
                 try:
                     return self._read(event)

@@ -34,6 +34,7 @@ __all__ = [
     "Fetch",
     "Fetched",
     "Fetching",
+    "LinkDown",
     "LinkUp",
     "Memory",
     "Outgoing",
@@ -79,6 +80,11 @@ class LinkUp:
 
     packet_bytes_max: int
     inflight_max: int
+
+
+@dataclass(frozen=True)
+class LinkDown:
+    """There is no connection to the broker."""
 
 
 @dataclass(frozen=True)
@@ -150,6 +156,7 @@ class Room:
 Event = (
     Tick
     | LinkUp
+    | LinkDown
     | Announced
     | Answered
     | Fetching

@@ -43,6 +43,7 @@ from device_client.events import (
     Fetch,
     Fetched,
     Fetching,
+    LinkDown,
     LinkUp,
     Memory,
     Remember,
@@ -62,6 +63,7 @@ __all__ = ["Participant", "State"]
 # How long to wait before asking again, and how often (AWS IoT's streams use the same).
 SILENCE_S = 10.0
 TRIES_MAX = 32
+_AGAIN_S = 1.0  # the shortest time between two questions that nobody answered
 
 
 class State(Enum):
@@ -100,6 +102,8 @@ class Participant:
         self._draw = draw  # uniform in [0, 1)
         self._now_s = 0.0
         self._at_s = 0.0  # when to act next if nothing is heard
+        self._asked_s = 0.0
+        self._connected = True
         self._tries = 0
         self._announcement: Announcement | None = None
         self._digest = b""
@@ -122,8 +126,11 @@ class Participant:
                 self._now_s = max(self._now_s, now_s)
                 return self._tick()
             case LinkUp():
-                self._limits = event
+                self._limits, self._connected, self._tries = event, True, 0
                 return self._ask_again() if self.state in _ASKING else []
+            case LinkDown():
+                self._connected = False
+                return []
             case Announced(announcement, digest):
                 return self._announced(announcement, digest)
             case Answered(message):
@@ -157,8 +164,15 @@ class Participant:
         if number == self.memory.round and digest != self.memory.digest:
             return []  # this round was opened otherwise: a round has one opening
         if digest == self._digest:
-            return []  # the retained message again
+            return self._announced_again(announcement)
         return self._opened(announcement, digest)
+
+    def _announced_again(self, announcement: Announcement) -> list[Effect]:
+        """The server or the broker came back: what we asked for last may be lost with it."""
+        if self.state in _ASKING:
+            soon_s = max(self._now_s, self._asked_s + _AGAIN_S)
+            self._at_s = min(self._at_s, soon_s + self._draw() * announcement.jitter_s)
+        return []
 
     def _closed(self, announcement: Announcement) -> list[Effect]:
         effects: list[Effect] = []
@@ -232,11 +246,14 @@ class Participant:
 
     def _ask_again(self) -> list[Effect]:
         """Nothing was heard for a while: ask once more, at most TRIES_MAX times."""
+        if not self._connected:
+            return []  # a broker that is away is no server that is silent: asked at LinkUp
         self._tries += 1
         if self._tries > TRIES_MAX:
             self._tries = 0
             effects = self._leave("the server did not answer")
             return effects + self._remember(done=True)
+        self._asked_s = self._now_s
         self._at_s = self._now_s + SILENCE_S * (0.75 + 0.5 * self._draw())
         if self.state is State.JOINING:
             return [Send(self._join())]

@@ -34,6 +34,7 @@ from device_client.events import (
     Fetch,
     Fetched,
     Fetching,
+    LinkDown,
     LinkUp,
     Memory,
     Remember,
@@ -367,6 +368,29 @@ def test_a_new_connection_asks_at_once() -> None:
     assert kinds(at(State.UPLOADING).step(LinkUp(8192, 20))) == [Send]
 
 
+def test_an_announcement_heard_again_asks_soon_for_the_server_or_broker_was_away() -> None:
+    made = at(State.UPLOADING)
+    assert made.step(ROUND) == []
+    assert made.step(Tick(1.9)) == [], "not at once: whoever repeats it must not make us shout"
+    assert made.step(Tick(2.0)) == [Send(commit_for(ROUND))]
+
+
+def test_a_broker_that_is_away_for_long_costs_no_update() -> None:
+    made = at(State.UPLOADING)
+    made.step(LinkDown())
+    for now_s in range(2, 590):
+        assert made.step(Tick(float(now_s))) == []
+    assert made.state is State.UPLOADING
+    assert made.step(LinkUp(8192, 20)) == [Send(commit_for(ROUND))]
+
+
+def test_many_reconnects_cost_no_update() -> None:
+    made = at(State.UPLOADING)
+    for _ in range(2 * TRIES_MAX):
+        assert made.step(LinkUp(8192, 20)) == [Send(commit_for(ROUND))]
+    assert made.state is State.UPLOADING
+
+
 def test_a_server_that_never_answers_is_given_up() -> None:
     made = at(State.JOINING, opening(deadline_s=1e9))
     now, sent = 1.0, 0
@@ -561,6 +585,7 @@ blobs = st.sampled_from([TASK.digest, MODEL.digest, b"?" * 32])
 any_event = st.one_of(
     st.floats(0, 5000).map(Tick),
     st.builds(LinkUp, st.sampled_from([0, 8192]), st.integers(0, 20)),
+    st.just(LinkDown()),
     st.sampled_from(OPENINGS + CLOSINGS),
     st.builds(go_for, st.sampled_from(OPENINGS), uploads),
     st.builds(
