@@ -195,7 +195,12 @@ def _locked(home: Home) -> Iterator[None]:
 
 @midge.group()
 def device() -> None:
-    """Add devices to the fleet, and list them."""
+    """Add devices to the fleet, and list them.
+
+    \b
+    Example:
+      midge device add ward-3 --dir fleet
+    """
 
 
 @device.command("add")
@@ -425,7 +430,12 @@ def _tell(reply: Reply, as_json: bool, word: str) -> None:
 
 @midge.group()
 def model() -> None:
-    """List and export the versions of the global model."""
+    """List and export the versions of the global model.
+
+    \b
+    Example:
+      midge model export --dir fleet -o model.npz
+    """
 
 
 @model.command("list")
