@@ -108,6 +108,12 @@ class Agent:
         self._shard = 0
         self._shown: Presence | None = None
         self._collecting: dict[str, _Collected] = {}
+        self._was_connected = False
+
+    @property
+    def state(self) -> State:
+        """Where this device is in a round. While IDLE, only a message can change anything."""
+        return self._participant.state
 
     # ── the loop ────────────────────────────────────────────────────────────────────────
 
@@ -122,10 +128,13 @@ class Agent:
 
     def begin(self) -> None:
         """Take up what a power cut left in the outbox, and listen."""
-        mine = self.identity.device
-        self._link.subscribe([self._topics.round, self._topics.all_down(mine)])
+        self._link.subscribe(self._asking_for)
         waiting = self._outbox.load()
         self._handle([] if waiting is None else [ev.Sealed(waiting)])
+
+    @property
+    def _asking_for(self) -> list[str]:
+        return [self._topics.round, self._topics.all_down(self.identity.device)]
 
     def end(self) -> None:
         """Stop working and say so: whatever ended the loop, nobody waits for this device."""
@@ -163,9 +172,15 @@ class Agent:
 
     def _understand(self, event: LinkEvent) -> list[ev.Event]:
         match event:
-            case Connected(limits):
+            case Connected(limits, resumed):
                 log.info("connected to the broker")
                 self._shown = None
+                before, self._was_connected = self._was_connected, True
+                if resumed and before:
+                    # The broker may have been started again from an old copy of its state,
+                    # and know our session with other filters than we have now.
+                    wanted = [self._filter(kind) for kind in self._collecting]
+                    self._link.subscribe([*self._asking_for, *wanted])
                 return [ev.LinkUp(limits.packet_bytes_max, limits.inflight_max)]
             case Disconnected(reason):
                 log.warning("connection lost: %s", reason)
@@ -190,6 +205,9 @@ class Agent:
                 )  # fmt: skip
                 if isinstance(answer, Go):
                     self._shard = answer.shard
+                if isinstance(answer, Ack):
+                    log.info("round %d: update %s %s", answer.round, answer.upload.hex(),
+                             answer.status)  # fmt: skip
                 return [ev.Answered(answer)]
         return []
 

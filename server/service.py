@@ -96,9 +96,11 @@ class Service:
         """Take up what was open, and listen."""
         self._fit(self._link.limits.packet_bytes_max)
         self._restore()
-        self._link.subscribe(
-            [self._topics.ctl, self._topics.all_states, self._topics.all_up(self._shard)]
-        )
+        self._link.subscribe([self._topics.all_states, *self._asking_for])
+
+    @property
+    def _asking_for(self) -> list[str]:
+        return [self._topics.ctl, self._topics.all_up(self._shard)]
 
     def turn(self, event: LinkEvent | None) -> None:
         """One turn: what came over the link, what was measured, and the time."""
@@ -119,9 +121,12 @@ class Service:
             case Connected(limits, resumed):
                 log.info("connected to the broker")
                 self._fit(limits.packet_bytes_max)
-                self._show_presence("online")  # our last will may have said otherwise
-                if not (resumed and self._laid_out):
-                    self._lay_out()
+                # A broker may be one that was started again from an old copy of its state: it
+                # says "resumed", and knows neither our latest words nor our last filters.
+                known = resumed and self._laid_out
+                if known:
+                    self._link.subscribe(self._asking_for)
+                self._lay_out(blobs_too=not known)
                 self._handle([ev.LinkUp(resumed)])
             case Disconnected(reason):
                 log.warning("connection lost: %s", reason)
@@ -343,15 +348,17 @@ class Service:
     def _fit(self, packet_bytes_max: int) -> None:
         self._ledger.packet_bytes = min(LIMITS.packet_bytes_max, packet_bytes_max)
 
-    def _lay_out(self) -> None:
+    def _lay_out(self, *, blobs_too: bool) -> None:
         """Retain everything that should lie there: a broker without our session may have nothing.
 
         The announcement comes last. A device that hears it again asks at once for what it
         still waits for: by then task and model are there, and so are our subscriptions.
         """
-        self._laid_out = True
-        self._retain("task")
-        self._retain("model")
+        self._show_presence("online")  # our last will may have said otherwise
+        if blobs_too:
+            self._laid_out = True
+            self._retain("task")
+            self._retain("model")
         if self._summed_up is not None:
             self._publish(self._topics.metrics, self._summed_up, retain=True)
         if self._announced is not None:

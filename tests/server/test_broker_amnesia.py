@@ -53,6 +53,19 @@ def test_a_server_that_restarts_over_a_wiped_broker_lays_out_its_open_round(aren
     assert arena.coordinator.status()["round"]["accepted"] == 1
 
 
+def test_a_broker_that_came_back_from_an_old_copy_gets_the_present_announcement(arena):
+    """It says that the session goes on, and holds what was retained minutes ago."""
+    old = arena.broker.retained[TOPICS.round]
+    for device in (arena.a, arena.b):
+        device.upload(device.delta())
+    new = arena.broker.retained[TOPICS.round]
+    assert new != old
+    arena.broker.restart(keep=True)
+    arena.broker.retained[TOPICS.round] = old
+    arena.pass_time(5)
+    assert arena.broker.retained[TOPICS.round].payload == new.payload
+
+
 def test_a_server_says_that_it_is_there_after_its_last_will_said_otherwise(arena):
     arena.link.drop(away_s=60)
     assert TOPICS.srv not in arena.broker.retained, "the will of this server is to be forgotten"
