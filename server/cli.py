@@ -40,6 +40,7 @@ from server.fleet.home import Home, create
 from server.ledger import Ledger
 from server.operator import Operator
 from server.service import Service
+from server.simulation import simulate
 from server.store.database import Database
 from server.store.models import ModelFiles
 from server.tasks.cli import task
@@ -532,6 +533,7 @@ def host_port(address: str) -> tuple[str, int]:
 
 
 midge.add_command(task)
+midge.add_command(simulate)
 
 
 def main() -> None:

@@ -82,7 +82,8 @@ class LocalBroker:
     """One broker process. `with LocalBroker(folder, port=…) as broker:` starts and stops it.
 
     Writes its configuration, its log and its database into `folder`. `conf_text` replaces
-    the shipped mosquitto.conf (and means no TLS for iotcore): for tests.
+    the shipped mosquitto.conf (and means no TLS for iotcore): for tests. `conf_more` goes
+    below it, as it is.
     """
 
     def __init__(
@@ -93,6 +94,7 @@ class LocalBroker:
         bind: str = "127.0.0.1",
         engine: Engine | None = None,
         conf_text: str | None = None,
+        conf_more: str = "",
     ) -> None:
         self.folder = folder.absolute()
         self.port = port
@@ -100,6 +102,7 @@ class LocalBroker:
         self.engine: Engine = engine or find_engine()
         self.log_path = self.folder / "broker.log"
         self._conf_text = conf_text
+        self._conf_more = conf_more
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -116,6 +119,11 @@ class LocalBroker:
     def is_running(self) -> bool:
         """Whether the process lives."""
         return self._process is not None and self._process.poll() is None
+
+    @property
+    def pid(self) -> int | None:
+        """The process's number, while there is one."""
+        return None if self._process is None else self._process.pid
 
     def start(self, *, wait_s: float = 15.0) -> None:
         """Start the broker and return when it accepts connections. Raises LocalError."""
@@ -189,8 +197,9 @@ class LocalBroker:
             shutil.copyfile(shipped_file(ACL_FILE), self.folder / ACL_FILE)
         # mosquitto must read a key that only its owner can read, so it stays who we are.
         config = self.folder / "mosquitto.conf"
-        config.write_text(render_config(text, port=self.port, bind=self.bind, folder=self.folder,
-                                        user=getpass.getuser()))
+        rendered = render_config(text, port=self.port, bind=self.bind, folder=self.folder,
+                                 user=getpass.getuser())
+        config.write_text(rendered + self._conf_more)
         return [str(program), "-c", str(config)]
 
     def _prepare_iotcore(self) -> list[str]:

@@ -126,6 +126,14 @@ class Poller:
         self._interrupt()
         return link
 
+    def cut(self, link: PolledLink) -> None:
+        """End a link without a goodbye, as a power cut does: the broker publishes its will."""
+        link._closing_since = time.monotonic()
+        this, link.this = link.this, None
+        self._ended(link)
+        if this is not None and this.socket is not None:
+            this.socket.close()
+
     def close(self) -> None:
         """Close every link, politely for a second, and stop. Calls `turn` itself."""
         for link in self.links:
