@@ -36,9 +36,6 @@ def run_command(command: click.Command, name: str) -> NoReturn:
     except (click.Abort, KeyboardInterrupt):
         click.echo(f"{name}: interrupted", err=True)
         code = 130
-    except BrokenPipeError:
-        sys.stderr.close()  # the reader of our output left, as `head` does
-        code = 0
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -1,0 +1,83 @@
+"""The sealed update on disk: whole or not there, and the same bytes every time."""
+
+import pytest
+
+from broker_bridge.errors import LocalError
+from broker_bridge.wire.chunks import Layout, seal_chunks, tags_digest
+from broker_bridge.wire.envelope import ChunkKey
+from broker_bridge.wire.messages import Init
+from broker_bridge.wire.update import SealedUpdate
+from device_client.outbox import Outbox
+
+MESSAGE = bytes(range(256)) * 20
+
+
+def update(upload=b"upload-1", key=b"k" * 32):
+    layout = Layout(len(MESSAGE), 700)
+    chunks = tuple(seal_chunks(MESSAGE, layout, transfer=upload, key=ChunkKey(key)))
+    init = Init(
+        round=3, announcement=b"a" * 32, upload=upload, enc=b"e" * 32, total_bytes=len(MESSAGE),
+        body_bytes=700, tags=tags_digest(chunks), examples=5, train_s=1.0,
+    )  # fmt: skip
+    return init, SealedUpdate(b"e" * 32, layout, chunks)
+
+
+def test_what_was_put_comes_back_after_a_restart(tmp_path):
+    init, sealed = update()
+    Outbox(tmp_path).put(init, sealed)
+    again = Outbox(tmp_path)
+    assert again.load() == init
+    chunks = [again.chunk(init.upload, i) for i in range(sealed.layout.count)]
+    assert tuple(chunks) == sealed.chunks
+
+
+def test_an_empty_outbox_holds_nothing(tmp_path):
+    assert Outbox(tmp_path).load() is None
+
+
+def test_a_newer_update_takes_the_place_of_an_older_one(tmp_path):
+    outbox = Outbox(tmp_path)
+    outbox.put(*update())
+    init, sealed = update(b"upload-2")
+    outbox.put(init, sealed)
+    assert Outbox(tmp_path).load() == init
+    with pytest.raises(LocalError, match="no longer in the outbox"):
+        outbox.chunk(b"upload-1", 0)
+
+
+def test_what_was_discarded_is_gone(tmp_path):
+    outbox = Outbox(tmp_path)
+    outbox.put(*update())
+    outbox.discard()
+    outbox.discard()
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(LocalError):
+        outbox.chunk(b"upload-1", 0)
+
+
+def test_an_update_that_is_not_whole_does_not_exist(tmp_path):
+    Outbox(tmp_path).put(*update())
+    (path,) = tmp_path.iterdir()
+    whole = path.read_bytes()
+    for length in [*range(200), *range(200, len(whole), 311)]:
+        path.write_bytes(whole[:length])
+        assert Outbox(tmp_path).load() is None, length
+        assert not path.exists(), "and is not looked at again"
+    path.write_bytes(whole + b"x")
+    assert Outbox(tmp_path).load() is None
+
+
+def test_a_file_that_is_no_update_does_not_exist(tmp_path):
+    Outbox(tmp_path).put(*update())
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(b"another!" + path.read_bytes()[8:])
+    assert Outbox(tmp_path).load() is None
+
+
+def test_neither_key_nor_plaintext_is_on_the_disk(tmp_path):
+    Outbox(tmp_path).put(*update(key=b"this-is-the-key-of-the-one-upload"[:32]))
+    (path,) = tmp_path.iterdir()
+    data = path.read_bytes()
+    assert b"this-is-the-key" not in data
+    assert bytes(range(32)) not in data
+    assert path.stat().st_mode & 0o077 == 0
