@@ -14,9 +14,10 @@ from pathlib import Path
 from benchmarks.fleet import Fleet
 from benchmarks.flower import Flower, FlowerMissingError, install
 from benchmarks.machine import Spread, header, is_quick, megabytes, table
-from benchmarks.memory import Held, Peak, held, rss_peak_bytes, tree
+from benchmarks.memory import Held, Peak, held, processor_seconds, rss_peak_bytes, tree
 
 WEARABLES = Path(__file__).parents[1] / "examples" / "wearables"
+DAY_S = 86_400
 IDLE_TARGET_BYTES = 50_000_000
 PEAK_TARGET_BYTES = 96_000_000
 
@@ -53,17 +54,26 @@ def settled(pids: list[int]) -> Held:
     return sorted(looks, key=lambda each: each.pss)[len(looks) // 2]
 
 
+def idle_processor_s(pids: list[int]) -> float:
+    """Processor seconds that processes would use in a day of doing nothing."""
+    lasted_s = 5.0 if is_quick() else 30.0
+    before = processor_seconds(pids)
+    time.sleep(lasted_s)
+    return (processor_seconds(pids) - before) / lasted_s * DAY_S
+
+
 def main() -> None:
     """Print three tables."""
-    header("Memory of one device")
+    header("Memory and idle processor time of one device")
     repeats, rounds = (1, 2) if is_quick() else (5, 5)
-    before, after, peak_rss, peak_pss = [], [], [], []
+    before, after, peak_rss, peak_pss, used = [], [], [], [], []
     for _ in range(repeats):
         with Fleet(WEARABLES / "wearables.task") as fleet:
             data = f"{WEARABLES / 'source.py'}:person?id=1"
             device = fleet.run_device("device", "--data", data)
             time.sleep(2.0)
             before.append(settled([device.pid]))
+            used.append(idle_processor_s([device.pid]))
             with Peak(device.pid) as peak:
                 fleet.rounds(rounds, task="wearables")
             peak_pss.append(peak.pss_bytes)
@@ -78,16 +88,18 @@ def main() -> None:
     notes = []
     try:
         version = install()
-        theirs, processes = flower_idle()
+        theirs, processes, their_s = flower_idle()
+        notes.append(f"  Flower, idle: {their_s:,.0f} processor seconds a day")
         rows.append([f"Flower {version} SuperNode, idle, {processes} processes",
                      megabytes(theirs.pss), megabytes(theirs.rss)])  # fmt: skip
     except FlowerMissingError as error:
-        notes.append(f"  Flower skipped: {error}\n")
+        notes.append(f"  Flower skipped: {error}")
     table(["", "PSS", "RSS"], rows)
     print(f"  target: idle ≤ {megabytes(IDLE_TARGET_BYTES)} PSS; "
           f"peak ≤ {megabytes(PEAK_TARGET_BYTES)} RSS on x86-64\n")  # fmt: skip
     table(["what is imported", "RSS then", "more"], increments())
-    print("\n".join(notes), end="", flush=True)
+    print(f"  midge, idle: {Spread.of(used).text()} processor seconds a day")
+    print("\n".join(notes), flush=True)
 
 
 def mb(values: list[int]) -> str:
@@ -101,14 +113,16 @@ def increments() -> list[list[str]]:
             for (name, _), rss, extra in zip(STEPS, found, more, strict=True)]  # fmt: skip
 
 
-def flower_idle() -> tuple[Held, int]:
-    """What one SuperNode and the processes it started hold, and how many they are."""
+def flower_idle() -> tuple[Held, int, float]:
+    """What one SuperNode and the processes it started hold, how many they are, and what they
+    use of a processor in a day.
+    """
     with contextlib.ExitStack() as stack:
         flower = stack.enter_context(Flower(nodes=1, encrypted=True, start_nodes=False))
         node = flower.start_node(0, flower.port)
         time.sleep(15.0)
         pids = tree(node.pid)
-        return settled(pids), len(pids)
+        return settled(pids), len(pids), idle_processor_s(pids)
 
 
 if __name__ == "__main__":
