@@ -26,7 +26,7 @@ def load_config(path: Path, kind: type[T]) -> T:
         raise LocalError(f"{path}: there is no such file; correct the path") from None
     except (OSError, UnicodeDecodeError) as error:
         raise LocalError(f"{path} cannot be read: {error}") from None
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # TOMLDecodeError; numbers of 5,000 digits
         raise LocalError(f"{path} is not valid TOML: {error}") from None
     return _convert(table, kind, str(path))
 

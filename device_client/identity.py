@@ -11,9 +11,10 @@ in mid-enrolment loses nothing: the same keys are sent again.
 import base64
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
 import msgspec
+from msgspec import Meta
 
 from broker_bridge.disk import REAL_DISK, Disk, disk_errors, make_folder, write_atomic
 from broker_bridge.errors import LocalError, PeerError
@@ -21,6 +22,7 @@ from broker_bridge.link.tls import TlsFiles
 from broker_bridge.wire.enrolment import Bundle, Contact, server_identity
 from broker_bridge.wire.envelope import KEY_BYTES, KemKey, SignKey, fingerprint, random_bytes
 from broker_bridge.wire.messages import Configured
+from broker_bridge.wire.topics import is_name
 
 __all__ = [
     "Identity",
@@ -37,6 +39,7 @@ __all__ = [
 ]
 
 T = TypeVar("T")
+Key = Annotated[bytes, Meta(min_length=KEY_BYTES, max_length=KEY_BYTES)]
 
 # RFC 8410 §7: what stands before the 32 bytes of an Ed25519 private key in PKCS #8.
 _PKCS8_ED25519 = bytes.fromhex("302e020100300506032b657004220420")
@@ -45,9 +48,9 @@ _PKCS8_ED25519 = bytes.fromhex("302e020100300506032b657004220420")
 class Keys(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Three secrets, one for each use. `repr` shows none."""
 
-    sign_seed: bytes
-    kem_seed: bytes
-    tls_seed: bytes
+    sign_seed: Key
+    kem_seed: Key
+    tls_seed: Key
 
     @property
     def sign(self) -> SignKey:
@@ -80,16 +83,20 @@ class Identity(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     federation: str
     device: str
     broker_host: str
-    broker_port: int
-    root_public: bytes
-    server_sign: bytes
-    server_kem: bytes
+    broker_port: Annotated[int, Meta(ge=1, le=65_535)]
+    root_public: Key
+    server_sign: Key
+    server_kem: Key
     keys: Keys
-    psk: bytes
+    psk: Key
     fleet_epoch: int
-    fleet_key: bytes
+    fleet_key: Key
     ca_pem: str
     certificate_pem: str
+
+    def __post_init__(self) -> None:
+        if not (is_name(self.federation) and is_name(self.device)):
+            raise ValueError("the names of federation and device must be levels of a topic")
 
     def __repr__(self) -> str:
         return f"Identity({self.federation}/{self.device} {self.keys.fingerprint})"
@@ -157,7 +164,7 @@ def _read(path: Path, kind: type[T], disk: Disk) -> T:
         data = disk.read(path)
     try:
         return msgspec.json.decode(data, type=kind)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise LocalError(
             f"{path} is damaged ({error}); restore it from a backup, or remove it and enrol anew"
         ) from None

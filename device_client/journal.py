@@ -12,6 +12,8 @@ from device_client.events import Memory
 
 __all__ = ["Journal"]
 
+_ROUND_MAX = 2**53  # what an announcement can say
+
 
 class Journal:
     """Small files in the device's folder."""
@@ -28,8 +30,11 @@ class Journal:
         if data is None:
             return Memory()
         try:
-            return msgspec.json.decode(data, type=Memory)
-        except msgspec.MsgspecError as error:
+            memory = msgspec.json.decode(data, type=Memory)
+            if not 0 <= memory.round <= _ROUND_MAX:
+                raise ValueError(f"round {memory.round}")
+            return memory
+        except (msgspec.MsgspecError, ValueError, RecursionError) as error:
             raise LocalError(
                 f"{self._memory} is damaged ({error}); restore it from a backup: without it "
                 "an old announcement could be replayed to this device"
@@ -47,7 +52,7 @@ class Journal:
     def boot(self) -> int:
         """Count one more start of the process, and say which it is."""
         text = self._read(self._boots) or b"0"
-        number = int(text) + 1 if text.isdigit() else 1
+        number = int(text) + 1 if text.isdigit() and len(text) < 16 else 1  # else: damage
         write_atomic(self._boots, str(number).encode(), disk=self.disk)
         return number
 

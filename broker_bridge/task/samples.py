@@ -75,13 +75,16 @@ def check_samples(task: Task, samples: Samples) -> Samples:
 
 
 def preprocess(task: Task, recording: Array) -> Array:
-    """Return the samples in one `recording` [rows, channels]: the task's steps, in order."""
+    """Return the samples in one `recording` [rows, channels]: the task's steps, in order.
+
+    Raises LocalError when the recording does not have the channels that a step was made for.
+    """
     values = np.asarray(recording, np.float32)
     for step in task.preprocessing:
         if isinstance(step, Window):
             values = _windows(values, step)
         elif isinstance(step, Standardise):
-            values = (values - np.array(step.mean, np.float32)) / np.array(step.scale, np.float32)
+            values = _standardised(values, step, task)
     return values
 
 
@@ -155,6 +158,17 @@ def _refuse(wrong: Array, values: Array, what: str, why: str) -> None:
         return
     place = tuple(int(i) for i in np.argwhere(wrong)[0])
     raise LocalError(f"{what}, row {place[0]}: {values[place]} {why}")
+
+
+def _standardised(values: Array, step: Standardise, task: Task) -> Array:
+    channels = values.shape[-1] if values.ndim else 1
+    # numpy would repeat a single channel without a word.
+    if not len(step.mean) == len(step.scale) == channels:
+        raise LocalError(
+            f"the recording has {channels} channels, and the task {task.name!r} standardises "
+            f"{len(step.mean)}; use the task for this sensor"
+        )
+    return (values - np.array(step.mean, np.float32)) / np.array(step.scale, np.float32)
 
 
 def _windows(recording: Array, step: Window) -> Array:

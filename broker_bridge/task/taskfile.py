@@ -219,7 +219,7 @@ def _decode_header(data: bytes) -> tuple[Task, int]:
         raise _bad("the task is cut short: copy or build it again")
     try:
         task = msgspec.json.decode(data[start : start + length], type=Task)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise _bad(f"unreadable header: {error}") from None
     _check(task)
     return task, start + length
@@ -277,8 +277,13 @@ def _check_numbers(task: Task) -> None:
     numbers = (defaults.learning_rate, defaults.proximal_mu, defaults.clip_norm)
     if defaults.epochs < 1 or any(not math.isfinite(n) or n < 0 for n in numbers):
         raise _bad("the training defaults are out of range")
+    if sum(isinstance(step, Window) for step in task.preprocessing) > 1:
+        raise _bad("a recording is cut into windows once")    # each cut repeats rows: memory
     for step in task.preprocessing:
-        if isinstance(step, Window) and min(step.samples, step.hop) < 1:
-            raise _bad("a window has at least one row, and moves by at least one")
+        if isinstance(step, Window):
+            if min(step.samples, step.hop) < 1:
+                raise _bad("a window has at least one row, and moves by at least one")
+            if max(step.samples, step.hop) > LIMITS.examples_max:
+                raise _bad("a window is longer than any recording")
         if isinstance(step, Standardise) and 0.0 in step.scale:
             raise _bad("a scale of 0 cannot be divided by")

@@ -10,8 +10,10 @@ device's pre-shared key afterwards. Both halves of each message are in this file
 
 import json
 from dataclasses import dataclass
+from typing import Annotated
 
 import msgspec
+from msgspec import Meta
 
 from broker_bridge.errors import PeerError
 from broker_bridge.wire import messages
@@ -25,6 +27,7 @@ from broker_bridge.wire.envelope import (
     verify,
 )
 from broker_bridge.wire.messages import Configured, Enrol, EnrolSecret, ServerIdentity, Welcome
+from broker_bridge.wire.topics import is_name
 
 __all__ = [
     "Bundle",
@@ -45,7 +48,7 @@ class Bundle(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     federation: str
     device: str
     broker_host: str
-    broker_port: int
+    broker_port: Annotated[int, Meta(ge=1, le=65_535)]
     root_public: str  # hex; pinned by the device from now on
     server_identity: str  # hex of the signed ServerIdentity
     token: str  # hex, 32 bytes, for one enrolment
@@ -53,6 +56,10 @@ class Bundle(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     ca_pem: str
     bootstrap_certificate_pem: str  # gets into the broker to enrol, for as long as the token lives
     bootstrap_key_pem: str
+
+    def __post_init__(self) -> None:
+        if not (is_name(self.federation) and is_name(self.device)):
+            raise ValueError("the names of federation and device must be levels of a topic")
 
     def __repr__(self) -> str:
         return f"Bundle({self.federation}/{self.device})"
@@ -68,7 +75,7 @@ class Bundle(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
             bundle = msgspec.json.decode(data, type=cls)
             sizes = len(bytes.fromhex(bundle.token)), len(bytes.fromhex(bundle.root_public))
             bytes.fromhex(bundle.server_identity)
-        except (msgspec.MsgspecError, ValueError) as error:
+        except (msgspec.MsgspecError, ValueError, RecursionError) as error:
             raise PeerError("bad_bundle", f"this is not a device bundle: {error}") from None
         if bundle.midge_bundle != 1 or sizes != (32, 32):
             raise PeerError("bad_bundle", "this bundle was made by another version of midge")

@@ -16,8 +16,10 @@ Every secret is in a file that its owner alone can read.
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
+from msgspec import Meta
 
 from broker_bridge.config import load_config
 from broker_bridge.disk import disk_errors, write_atomic
@@ -31,6 +33,8 @@ from server.config import EXAMPLE, ServerConfig
 from server.fleet.authority import Authority, Issued, write_private, write_public
 
 __all__ = ["Home", "ServerKeys", "create"]
+
+Key = Annotated[bytes, Meta(min_length=KEY_BYTES, max_length=KEY_BYTES)]
 
 
 class RootKey(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -48,12 +52,16 @@ class ServerKeys(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     """The server's secrets. `repr` shows none."""
 
     federation: str
-    sign_seed: bytes
-    kem_seed: bytes
-    root_public: bytes
+    sign_seed: Key
+    kem_seed: Key
+    root_public: Key
     identity: bytes  # the signed ServerIdentity
     fleet_epoch: int
-    fleet_key: bytes
+    fleet_key: Key
+
+    def __post_init__(self) -> None:
+        if not is_name(self.federation):
+            raise ValueError("the federation's name must be a level of a topic")
 
     def __repr__(self) -> str:
         return f"ServerKeys({self.federation})"
@@ -192,5 +200,5 @@ def _read(path: Path, kind: type[ServerKeys]) -> ServerKeys:
         data = path.read_bytes()
     try:
         return msgspec.json.decode(data, type=kind)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise LocalError(f"{path} is damaged ({error}); restore it from a backup") from None

@@ -1,0 +1,127 @@
+"""What fuzzing found: each fault by name, in the smallest input that showed it."""
+
+import base64
+import json
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+
+from broker_bridge.config import load_config
+from broker_bridge.errors import LocalError, PeerError
+from broker_bridge.task.samples import preprocess
+from broker_bridge.task.taskfile import Standardise, Task, Window, decode_plan
+from broker_bridge.wire.enrolment import Bundle
+from device_client import identity as identities
+from device_client.config import DeviceConfig
+from device_client.journal import Journal
+from server.fleet.home import Home
+from tests.broker_bridge.task.test_samples import TASK
+from tests.fuzz.targets import TARGETS, TFLITE, task_seeds
+
+
+def planned(**changes: Any) -> bytes:
+    """A plan whose header says something else."""
+    header = json.loads(task_seeds()[2][1:]) | changes
+    data = json.dumps(header).encode()
+    return b"midge-task 1\n" + len(data).to_bytes(4, "little") + data + TFLITE
+
+
+# ── Tasks ───────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_task_header_nested_too_deep_is_refused() -> None:
+    deep = b'{"preprocessing":[{"x":' + b"[" * 5000 + b"]" * 5000 + b"}]}"
+    with pytest.raises(PeerError, match="unreadable header"):
+        decode_plan(b"midge-task 1\n" + len(deep).to_bytes(4, "little") + deep)
+
+
+def test_a_recording_with_other_channels_than_the_task_standardises_is_refused() -> None:
+    task: Task = msgspec.structs.replace(TASK, preprocessing=(Standardise((0.5,) * 6, (2.0,) * 6),))
+    for channels in (1, 5):
+        with pytest.raises(LocalError, match=f"has {channels} channels"):
+            preprocess(task, np.zeros((9, channels), np.float32))
+
+
+@pytest.mark.parametrize(
+    ("steps", "why"),
+    [
+        ([Window(2**62, 1)], "longer than any recording"),
+        ([Window(50, 1), Window(50, 1)], "into windows once"),
+    ],
+)
+def test_windows_that_would_take_all_memory_are_refused(steps: list[Window], why: str) -> None:
+    with pytest.raises(PeerError, match=why):
+        decode_plan(planned(preprocessing=msgspec.to_builtins(steps)))
+
+
+# ── Settings ────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("value", ["9" * 5000, "[" * 5000])
+def test_a_setting_that_python_cannot_read_is_one_sentence(tmp_path: Path, value: str) -> None:
+    path = tmp_path / "device.toml"
+    path.write_text(f"threads = {value}")
+    with pytest.raises(LocalError, match="is not valid TOML"):
+        load_config(path, DeviceConfig)
+
+
+# ── Files that a card gives back wrong ──────────────────────────────────────────────────
+
+BUNDLE: dict[str, Any] = json.loads(TARGETS["bundle"].seeds()[0])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"broker_port": 0}, {"broker_port": 2**31}, {"device": "-"}, {"device": "a/b"},
+     {"federation": "x" * 41}, {"federation": "+"}],
+)  # fmt: skip
+def test_a_bundle_with_an_impossible_port_or_name_is_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(PeerError) as caught:
+        Bundle.decode(json.dumps(BUNDLE | change).encode())
+    assert caught.value.reason == "bad_bundle"
+
+
+DAMAGE = [b"\xca\xca", b"[" * 5000, b'{"round":\xff}', b""]
+
+
+@pytest.mark.parametrize("damage", [*DAMAGE, b'{"round":-1}', b'{"round":9007199254740993}'])
+def test_a_damaged_list_of_rounds_is_one_sentence(tmp_path: Path, damage: bytes) -> None:
+    (tmp_path / "rounds.json").write_bytes(damage)
+    with pytest.raises(LocalError, match="is damaged"):
+        Journal(tmp_path).memory()
+
+
+@pytest.mark.parametrize("damage", [b"9" * 5000, b"9" * 17, b"-1", b"\xff", "٣".encode()])
+def test_a_damaged_count_of_starts_begins_again(tmp_path: Path, damage: bytes) -> None:
+    (tmp_path / "boots").write_bytes(damage)
+    assert Journal(tmp_path).boot() == 1
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_identity_is_one_sentence(tmp_path: Path, damage: bytes) -> None:
+    (tmp_path / "identity.json").write_bytes(damage)
+    with pytest.raises(LocalError, match="is damaged"):
+        identities.load(tmp_path)
+
+
+@pytest.mark.parametrize("key", ["sign_seed", "kem_seed", "tls_seed"])
+def test_a_key_of_the_wrong_length_is_damage(tmp_path: Path, key: str) -> None:
+    keys = dict.fromkeys(
+        ("sign_seed", "kem_seed", "tls_seed"), base64.b64encode(b"k" * 32).decode()
+    )
+    (tmp_path / "enrolling.json").write_text(json.dumps(keys))
+    identities.pending_keys(tmp_path)
+    (tmp_path / "enrolling.json").write_text(json.dumps(keys | {key: "AQE="}))
+    with pytest.raises(LocalError, match="is damaged"):
+        identities.pending_keys(tmp_path)
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_keys_of_the_server_are_one_sentence(tmp_path: Path, damage: bytes) -> None:
+    (tmp_path / "keys").mkdir()
+    (tmp_path / "keys" / "server.json").write_bytes(damage)
+    with pytest.raises(LocalError, match="is damaged"):
+        Home(tmp_path).keys()
