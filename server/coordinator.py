@@ -82,6 +82,7 @@ from server.events import (
 __all__ = ["Coordinator", "Phase"]
 
 _REASON_CHARS_MAX = 500  # what an `Ack` takes
+_ROLL_CALL_S = 5.0  # in which devices say that they are there, after we or the broker came back
 
 
 class Phase(Enum):
@@ -358,9 +359,16 @@ class Coordinator:
             return self._gather()
         if self.phase is Phase.OPEN and self._now_s >= self._over_s:
             return self._deadline()
-        if self.phase is Phase.EVALUATING and self._now_s >= self._evaluation_until_s:
+        if self.phase is Phase.EVALUATING and self._now_s >= self._evaluation_over_s:
             return self._decide({}, 0, "")
         return []
+
+    @property
+    def _evaluation_over_s(self) -> float:
+        """Nobody is waited for who does not show up: after a restart all are unknown at first."""
+        if self._server_evaluates or self.online("evaluate"):
+            return self._evaluation_until_s
+        return self._evaluation_until_s - max(0.0, self.rules.evaluation_wait_s - _ROLL_CALL_S)
 
     def _gather(self) -> list[Effect]:
         run = self.run

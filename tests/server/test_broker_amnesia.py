@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from server.coordinator import Phase
 from tests.fleets import TOPICS
 
 
@@ -71,6 +72,20 @@ def test_a_server_says_that_it_is_there_after_its_last_will_said_otherwise(arena
     assert TOPICS.srv not in arena.broker.retained, "the will of this server is to be forgotten"
     arena.pass_time(61)
     assert json.loads(arena.broker.retained[TOPICS.srv].payload)["state"] == "online"
+
+
+def test_a_restarted_server_waits_for_no_evaluation_that_nobody_can_make(arena):
+    arena.hand("eve", role="evaluate")
+    for device in (arena.a, arena.b):
+        device.upload(device.delta())
+    assert arena.coordinator.phase is Phase.EVALUATING
+    arena.kill_server()
+    arena.broker.restart(keep=False)
+    arena.start_server()
+    arena.pass_time(4)
+    assert arena.coordinator.phase is Phase.EVALUATING
+    arena.pass_time(2)
+    assert arena.coordinator.phase is Phase.GATHERING
 
 
 def test_no_receipt_is_revoked_when_the_broker_forgets(arena):
