@@ -47,6 +47,8 @@ log = logging.getLogger(__name__)
 _FILTERS_PER_SUBSCRIBE = 8          # what AWS IoT Core takes in one packet
 _UNSENT_DATA_TIMEOUT_MS = 30_000    # TCP gives up on a peer that acknowledges nothing
 _RECEIVED_PACKET_BYTES_MAX = 1 * MIB
+_READ_BYTES_MAX = 64 * 1024
+_TRESPASS = "it sent"               # begins what a broker did that no broker may
 _PACKETS_AT_ONCE = 32               # read before the owner gets a turn with the lock
 _UNSUPPORTED_VERSION = (0x01, 0x84)                     # MQTT 3.1.1 and MQTT 5 spelling
 _MAY_PASS = (0x03, 0x88, 0x89, 0x97, 0x9C, 0x9D, 0x9F)  # unavailable, busy, quota, moved, rate
@@ -83,6 +85,22 @@ class _LastError(logging.Logger):
 
     def handle(self, record: logging.LogRecord) -> None:
         self.text = record.getMessage()
+
+
+class _BoundedClient(mqtt.Client):
+    """paho's client would take any packet, 256 MB long, and keep each one of QoS 2.
+
+    CONNECT says that we take no more than `_RECEIVED_PACKET_BYTES_MAX`, and every SUBSCRIBE
+    asks for QoS 1: a broker that does otherwise is hung up on before it is given memory.
+    """
+
+    def _sock_recv(self, bufsize: int) -> bytes:
+        if self._in_packet["remaining_length"] > _RECEIVED_PACKET_BYTES_MAX:
+            raise ConnectionAbortedError(
+                f"{_TRESPASS} a packet of more than {_RECEIVED_PACKET_BYTES_MAX} bytes")
+        if self._in_packet["command"] & 0xF6 == 0x34:
+            raise ConnectionAbortedError(f"{_TRESPASS} a message of QoS 2")
+        return super()._sock_recv(min(bufsize, _READ_BYTES_MAX))
 
 
 @dataclass
@@ -224,6 +242,9 @@ class PahoSession(QueuedLink):
         where = f"{self._settings.host}:{self._settings.port}"
         if "SSL" in text:
             return explain_tls(text, where=where)
+        if _TRESPASS in text:
+            return Failure(f"hung up on the broker at {where}: "
+                           f"{text[text.index(_TRESPASS):]}, which no broker may")
         if greeted:
             return Failure(f"the connection to {where} was lost")
         return Failure(f"{where} hung up without a word; is it an MQTT broker, and is TLS set "
@@ -232,7 +253,7 @@ class PahoSession(QueuedLink):
     def _make_client(self, errors: logging.Logger, farewell: list[Failure]) -> mqtt.Client:
         settings = self._settings
         v5 = self._protocol == "5.0"
-        client = mqtt.Client(
+        client = _BoundedClient(
             CallbackAPIVersion.VERSION2,
             client_id=settings.client_id,
             clean_session=None if v5 else settings.session_s == 0,
@@ -330,9 +351,17 @@ class PahoSession(QueuedLink):
                        reason: ReasonCode, properties: Properties | None) -> None:
             if reason.is_failure:
                 farewell.append(self._why_refused(reason))
+            elif (most := _packet_bytes_max(properties)) < LIMITS.packet_bytes_min:
+                farewell.append(self._too_small(most))
             else:
                 self._welcome(flags.session_present, properties)
         return on_connect
+
+    def _too_small(self, packet_bytes_max: int) -> Failure:
+        return Failure(
+            f"the broker at {self._settings.host}:{self._settings.port} takes packets of at most "
+            f"{packet_bytes_max} bytes, and midge needs {LIMITS.packet_bytes_min}; raise its "
+            "limit (max_packet_size in mosquitto.conf)", final=True)
 
     def _why_refused(self, reason: ReasonCode) -> Failure:
         where = f"{self._settings.host}:{self._settings.port}"
@@ -343,7 +372,7 @@ class PahoSession(QueuedLink):
                        f"{reason}", final=reason.value not in _MAY_PASS)
 
     def _welcome(self, resumed: bool, properties: Properties | None) -> None:
-        packet = getattr(properties, "MaximumPacketSize", LIMITS.packet_bytes_max)
+        packet = _packet_bytes_max(properties)
         inflight = getattr(properties, "ReceiveMaximum", LIMITS.inflight_max)
         with self._changed:
             self._failure = None
@@ -369,6 +398,11 @@ class PahoSession(QueuedLink):
     def _on_subscribe(self, _client: Any, _userdata: Any, packet_id: int,
                       reasons: list[ReasonCode], _properties: Any) -> None:
         self._subscribed(packet_id, [str(each) if each.is_failure else None for each in reasons])
+
+
+def _packet_bytes_max(properties: Properties | None) -> int:
+    """The largest packet that the broker takes; MQTT 3.1.1 does not say."""
+    return int(getattr(properties, "MaximumPacketSize", LIMITS.packet_bytes_max))
 
 
 def _on_disconnect(farewell: list[Failure]) -> Callable[..., None]:

@@ -2,6 +2,8 @@
 
 import base64
 import json
+import socket
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,9 @@ import pytest
 
 from broker_bridge.config import load_config
 from broker_bridge.errors import LocalError, PeerError
+from broker_bridge.limits import LIMITS
+from broker_bridge.link.base import Disconnected
+from broker_bridge.link.paho_session import SessionSettings
 from broker_bridge.task.samples import preprocess
 from broker_bridge.task.taskfile import Standardise, Task, Window, decode_plan
 from broker_bridge.wire.enrolment import Bundle
@@ -19,7 +24,7 @@ from device_client.config import DeviceConfig
 from device_client.journal import Journal
 from server.fleet.home import Home
 from tests.broker_bridge.task.test_samples import TASK
-from tests.fuzz.targets import TARGETS, TFLITE, task_seeds
+from tests.fuzz.targets import CONNACK_5, TARGETS, TFLITE, Driven, follow, listener, task_seeds
 
 
 def planned(**changes: Any) -> bytes:
@@ -125,3 +130,47 @@ def test_damaged_keys_of_the_server_are_one_sentence(tmp_path: Path, damage: byt
     (tmp_path / "keys" / "server.json").write_bytes(damage)
     with pytest.raises(LocalError, match="is damaged"):
         Home(tmp_path).keys()
+
+
+# ── What a broker may not do ────────────────────────────────────────────────────────────
+
+
+def heard_from(answer: bytes) -> tuple[Driven, int]:
+    """A session whose broker gave this answer, and the bytes of Python's heap it took."""
+    link = Driven(SessionSettings(host="127.0.0.1", port=listener().getsockname()[1],
+                                  client_id="fuzz", protocol="5.0"))  # fmt: skip
+    this = link._begin()
+    link._dial(this)
+    peer, _ = listener().accept()
+    tracemalloc.start()
+    with peer:
+        peer.sendall(answer)
+        peer.shutdown(socket.SHUT_WR)
+        follow(link, this)
+    link._end(this)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    return link, peak
+
+
+def why(link: Driven) -> str:
+    news = link.receive(0)
+    assert isinstance(news, Disconnected), news
+    return news.reason
+
+
+def test_a_broker_that_takes_packets_too_small_for_us_is_refused() -> None:
+    link, _ = heard_from(bytes.fromhex("2008000005270000000a"))
+    assert "at most 10 bytes, and midge needs 1024; raise its limit" in why(link)
+    assert link.limits.packet_bytes_max >= LIMITS.packet_bytes_min
+
+
+def test_a_broker_that_announces_a_packet_of_256_mb_is_given_no_memory_for_it() -> None:
+    link, peak = heard_from(CONNACK_5 + b"\x30\xff\xff\xff\x7f" + bytes(1000))
+    assert "a packet of more than 1048576 bytes" in why(link)
+    assert peak < 1 << 20
+
+
+def test_a_broker_that_sends_qos_2_is_hung_up_on() -> None:
+    link, _ = heard_from(CONNACK_5 + b"\x34\x08\x00\x01a\x00\x09\x00hi")
+    assert "a message of QoS 2" in why(link)
