@@ -64,7 +64,7 @@ class Fleet:
         with (self.home.folder / "midge.toml").open("a") as file:
             file.write(self._settings)
         self.broker = self.start("broker", "midge", "broker", "--dir", self.home.folder)
-        until(self._broker_is_up, "the broker to listen")
+        until(lambda: self._says(self.broker, "broker", "listens on"), "the broker to listen")
         tasks = [word for task in self._tasks for word in ("--task", str(task))]
         self.server = self.start("server", "midge", "server", "--dir", self.home.folder, *tasks)
         with self._operator() as link:
@@ -123,13 +123,11 @@ class Fleet:
         process = self.start(name, "midge-device", "run", "--dir", folder, *bundle, *options)
         with self._operator() as link:
             link.subscribe([self.topics.state(name)])
-            until(lambda: self._is_ready(process, name, link), f"{name} to be ready")
+            until(
+                lambda: self._says(process, name, "") and _said(link, b'"ready"'),
+                f"{name} to be ready",
+            )
         return process
-
-    def _is_ready(self, process: subprocess.Popen[bytes], name: str, link: PahoLink) -> bool:
-        if process.poll() is not None:
-            raise RuntimeError(f"{name} ended:\n{self.log(name)}")
-        return _said(link, b'"ready"')
 
     # ── rounds ──────────────────────────────────────────────────────────────────────────
 
@@ -167,8 +165,11 @@ class Fleet:
         finally:
             link.close()
 
-    def _broker_is_up(self) -> bool:
-        return "listens on" in self.log("broker")
+    def _says(self, process: subprocess.Popen[bytes], name: str, words: str) -> bool:
+        """Whether a process has said `words`. Raises RuntimeError when it has ended."""
+        if process.poll() is not None:
+            raise RuntimeError(f"{name} ended:\n{self.log(name)}")
+        return words in self.log(name)
 
 
 def one_sample(folder: Path) -> str:
