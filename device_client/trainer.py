@@ -88,15 +88,15 @@ class Trainer:
         anchor = state.weights
         batch_size = self._runtime.task.batch_size
         steps = settings.epochs * math.ceil(len(self._samples) / batch_size)
-        epoch: list[tuple[Step, int]] = []
+        epoch = _Epoch(len(self._runtime.task.metrics))
         batches = _batches(len(self._samples), batch_size, settings.epochs, seed)
         for number, (first, rows) in enumerate(batches, start=1):
-            epoch = [] if first else epoch
+            epoch = _Epoch(len(self._runtime.task.metrics)) if first else epoch
             step = self._step(state, rows, settings, anchor, seed=_mix(seed, number))
             if not math.isfinite(step.loss):
                 raise _diverged(f"the loss became {step.loss} at step {number} of {steps}")
             state = step.state
-            epoch.append((step, len(rows)))
+            epoch.add(step, len(rows))
             if not on_step(Progress(number, steps, step.loss)):
                 return None
         return self._trained(state, epoch, steps, self._clock() - started)
@@ -138,31 +138,47 @@ class Trainer:
         )
 
     def _trained(
-        self, state: State, epoch: list[tuple[Step, int]], steps: int, seconds: float
+        self, state: State, epoch: "_Epoch", steps: int, seconds: float
     ) -> Trained:
         task = self._runtime.task
         # The loss does not tell all: ReLU kernels turn NaN into 0.
         for spec, array in zip(task.weights, state.weights, strict=True):
             if not np.isfinite(array).all():
                 raise _diverged(f"the weight {spec.name} is no longer a finite number")
-        sums = np.sum([step.sums for step, _ in epoch], axis=0)
-        counts = np.sum([step.counts for step, _ in epoch], axis=0)
-        rows = sum(count for _, count in epoch)
         return Trained(
             weights={s.name: a for s, a in zip(task.weights, state.weights, strict=True)},
             examples=len(self._samples),
             steps=steps,
-            loss=sum(step.loss * count for step, count in epoch) / rows,
-            metrics={
-                name: float(total / count) if count > 0 else 0.0
-                for name, total, count in zip(task.metrics, sums[1:], counts[1:], strict=True)
-            },
+            loss=epoch.loss / epoch.rows,
+            metrics=dict(zip(task.metrics, epoch.means(), strict=True)),
             seconds=seconds,
             optimiser_state={
                 slot.tensor.name: array
                 for slot, array in zip(task.optimiser_state, state.slots, strict=True)
             },
         )
+
+
+class _Epoch:
+    """Running sums of one epoch. Steps themselves are not kept: each holds all weights."""
+
+    def __init__(self, metrics: int) -> None:
+        self.loss = 0.0
+        self.rows = 0
+        self._sums = np.zeros(1 + metrics)
+        self._counts = np.zeros(1 + metrics)
+
+    def add(self, step: Step, rows: int) -> None:
+        """Count `step`, which had `rows` rows."""
+        self.loss += step.loss * rows
+        self.rows += rows
+        self._sums += step.sums
+        self._counts += step.counts
+
+    def means(self) -> list[float]:
+        """Return each metric's weighted mean."""
+        pairs = zip(self._sums[1:], self._counts[1:], strict=True)
+        return [float(total / count) if count > 0 else 0.0 for total, count in pairs]
 
 
 def _batches(

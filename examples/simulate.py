@@ -7,7 +7,7 @@ of each device alone, and of all data pooled, on data that no device trained on.
 """
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ class Fleet:
     devices: tuple[str, ...]
     test: str
     rounds: int
+    cohort: int = 0     # devices in each round, drawn at random; 0: all
 
 
 def _person(number: int) -> str:
@@ -53,7 +54,44 @@ def digits() -> Fleet:
     return Fleet(tuple(f"{source}:device?id={n}" for n in range(1, 11)), f"{source}:test", 30)
 
 
-FLEETS = {"wearables": wearables, "digits": digits}
+def mnist(split: str = "iid") -> Fleet:
+    """A hundred devices, ten in each round; `split` is iid or shards."""
+    source = f"{_HERE}/mnist/source.py"
+    devices = tuple(f"{source}:device?id={n}&split={split}" for n in range(1, 101))
+    return Fleet(devices, f"{source}:test", rounds=50, cohort=10)
+
+
+def keyboard() -> Fleet:
+    """One of Shakespeare's roles on each device, ten in each round."""
+    source = f"{_HERE}/keyboard/source.py"
+    with np.load(_HERE / "keyboard" / "keyboard.npz", allow_pickle=False) as data:
+        roles = len(data["role"])
+    devices = tuple(f"{source}:role?id={n}" for n in range(roles))
+    return Fleet(devices, f"{source}:test", rounds=30, cohort=10)
+
+
+def turbines() -> Fleet:
+    """Four wind turbines in 2014; tested on 2015."""
+    source = f"{_HERE}/turbines/source.py"
+    devices = tuple(f"{source}:turbine?id={n}" for n in range(1, 5))
+    return Fleet(devices, f"{source}:test", rounds=10)
+
+
+def aircraft() -> Fleet:
+    """A hundred aircraft, twenty in each round; tested on others."""
+    source = f"{_HERE}/aircraft/source.py"
+    devices = tuple(f"{source}:aircraft?id={n}" for n in range(100))
+    return Fleet(devices, f"{source}:test", rounds=30, cohort=20)
+
+
+FLEETS: dict[str, Callable[..., Fleet]] = {
+    "wearables": wearables,
+    "digits": digits,
+    "mnist": mnist,
+    "keyboard": keyboard,
+    "turbines": turbines,
+    "aircraft": aircraft,
+}
 
 
 def average(updates: Sequence[tuple[Weights, int]]) -> dict[str, NDArray[Any]]:
@@ -66,14 +104,21 @@ def average(updates: Sequence[tuple[Weights, int]]) -> dict[str, NDArray[Any]]:
 
 
 def federate(
-    trainers: Sequence[Trainer], weights: Weights, settings: Training, rounds: int, seed: int
+    trainers: Sequence[Trainer],
+    weights: Weights,
+    settings: Training,
+    rounds: int,
+    seed: int,
+    *,
+    cohort: int = 0,
 ) -> list[Weights]:
-    """Return the model after each round."""
+    """Return the model after each round; `cohort` devices take part in each, or all."""
+    draw = np.random.default_rng(seed)
     models: list[Weights] = []
     for number in range(rounds):
         updates = []
-        for place, trainer in enumerate(trainers):
-            trained = trainer.train(weights, settings, seed=seed + 1000 * number + place)
+        for place in sorted(draw.permutation(len(trainers))[: cohort or None].tolist()):
+            trained = trainers[place].train(weights, settings, seed=seed + 1000 * number + place)
             assert trained is not None
             updates.append((trained.weights, trained.examples))
         weights = average(updates)
@@ -86,9 +131,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("example", choices=FLEETS)
     parser.add_argument("--held-out", help="whom to test on, as in 9,10 (wearables)")
+    parser.add_argument("--split", choices=["iid", "shards"], help="(mnist)")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
-    fleet = FLEETS[given.example](*([given.held_out] if given.held_out else []))
+    choice = given.held_out or given.split
+    fleet = FLEETS[given.example](*([choice] if choice else []))
     plan, initial = decode_task((_HERE / given.example / f"{given.example}.task").read_bytes())
     runtime = TaskRuntime(plan)
     samples = [load_samples(spec, plan.task) for spec in fleet.devices]
@@ -99,19 +146,25 @@ def main() -> None:
         return runtime.evaluate(weights, test).metrics[metric]
 
     def alone(data: Samples) -> float:
-        long = msgspec.structs.replace(settings, epochs=settings.epochs * fleet.rounds)
+        """Train as many epochs as a device that takes part in its share of the rounds."""
+        share = (fleet.cohort or len(fleet.devices)) / len(fleet.devices)
+        epochs = max(1, round(settings.epochs * fleet.rounds * share))
+        long = msgspec.structs.replace(settings, epochs=epochs)
         trained = Trainer(runtime, data).train(initial, long, seed=given.seed)
         assert trained is not None
         return score(trained.weights)
 
     settings = plan.task.defaults
     trainers = [Trainer(runtime, data) for data in samples]
-    scores = [score(w) for w in federate(trainers, initial, settings, fleet.rounds, given.seed)]
+    models = federate(
+        trainers, initial, settings, fleet.rounds, given.seed, cohort=fleet.cohort
+    )
+    scores = [score(w) for w in models]
     print(f"{given.example}: {len(trainers)} devices, {metric} on {fleet.test.split(':')[-1]}")
     print("federated, by round: " + " ".join(f"{value:.3f}" for value in scores))
-    each = [alone(data) for data in samples]
     print(f"federated, after round {fleet.rounds}: {scores[-1]:.3f}")
-    print(f"each alone: mean {np.mean(each):.3f}, best {max(each):.3f}, worst {min(each):.3f}")
+    each = sorted(alone(data) for data in samples[:10])
+    print(f"alone ({len(each)} devices): {each[0]:.3f} … mean {np.mean(each):.3f} … {each[-1]:.3f}")
     print(f"pooled: {alone(pooled(samples)):.3f}")
 
 

@@ -110,7 +110,9 @@ def load_model_file(path: str, function: str = "model") -> tuple[Any, TaskOption
     if not file.is_file() or spec is None or spec.loader is None:
         raise LocalError(f"there is no Python file {path}")
     module = importlib.util.module_from_spec(spec)
-    keras.backend.clear_session()   # so that names are the same in every build
+    # Names and initial weights are the same in every build, unless the file draws its own.
+    keras.backend.clear_session()
+    keras.utils.set_random_seed(0)
     try:
         spec.loader.exec_module(module)
         make = getattr(module, function, None)

@@ -1,3 +1,4 @@
+import tracemalloc
 from pathlib import Path
 
 import msgspec
@@ -141,8 +142,9 @@ def test_a_loss_that_explodes_is_refused_with_advice() -> None:
 
 def test_optimiser_state_is_kept_only_where_the_task_says_so() -> None:
     keeping = TaskRuntime(
-        type(PLAN)(msgspec.structs.replace(PLAN.task, keep_optimiser_state=True),
-                   PLAN.tflite, PLAN.digest)
+        type(PLAN)(
+            msgspec.structs.replace(PLAN.task, keep_optimiser_state=True), PLAN.tflite, PLAN.digest
+        )
     )
     for runtime, kept in ((RUNTIME, False), (keeping, True)):
         trainer = Trainer(runtime, samples())
@@ -158,8 +160,9 @@ def test_optimiser_state_is_kept_only_where_the_task_says_so() -> None:
 
 def test_kept_state_of_another_shape_is_dropped() -> None:
     keeping = TaskRuntime(
-        type(PLAN)(msgspec.structs.replace(PLAN.task, keep_optimiser_state=True),
-                   PLAN.tflite, PLAN.digest)
+        type(PLAN)(
+            msgspec.structs.replace(PLAN.task, keep_optimiser_state=True), PLAN.tflite, PLAN.digest
+        )
     )
     broken = {slot.tensor.name: np.zeros(1, np.float32) for slot in PLAN.task.optimiser_state}
     trainer = Trainer(keeping, samples())
@@ -183,3 +186,14 @@ def test_samples_of_another_task_are_refused() -> None:
 def test_a_file_that_is_not_a_model_does_not_load() -> None:
     with pytest.raises(LocalError, match="does not load in"):
         TaskRuntime(type(PLAN)(PLAN.task, b"nonsense" * 10, PLAN.digest))
+
+
+def test_training_holds_no_more_than_one_state_however_many_steps() -> None:
+    trainer, settings = Trainer(RUNTIME, samples(640)), Training(epochs=3, learning_rate=0.001)
+    tracemalloc.start()
+    trainer.train(WEIGHTS, settings, seed=1)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    model_bytes = sum(array.nbytes for array in WEIGHTS.values())
+    # The state, its successor, momentum for both, and what a call passes and returns.
+    assert peak < 12 * model_bytes
