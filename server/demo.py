@@ -8,7 +8,6 @@ the same commands, and watches the broker's traffic as the broker itself could.
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -103,6 +102,7 @@ class Stage:
     processes: ExitStack
     say: Callable[[str], None]
     phases: dict[str, float] = field(default_factory=dict)
+    running: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -119,8 +119,20 @@ class Stage:
             stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
             env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=_examples().parents[1],
         )  # fmt: skip
-        self.processes.callback(_end, process)
+        self.running.append(process)
         return process
+
+    def end(self) -> None:
+        """Ask every process to end, then wait for all of them."""
+        for process in self.running:
+            if process.poll() is None:
+                process.terminate()
+        for process in self.running:
+            try:
+                process.wait(timeout=10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
 
 
 def run_demo(
@@ -193,6 +205,7 @@ def _broker_and_server(stage: Stage, task_path: Path, engine: Engine | None) -> 
             session_s=0,
         )  # fmt: skip
         eye.subscribe(["midge/v1/demo/#"])
+        stage.processes.callback(stage.end)
         stage.start(
             "server.cli", "server", "server", "--dir", str(stage.home.folder),
             "--task", str(task_path),
@@ -408,13 +421,3 @@ def _table(result: dict[str, Any]) -> None:
          f"no piece of task, model or update in {seen} sealed bytes it carried"],
     ]  # fmt: skip
     screen.table(["", "", ""], rows, title="closing table")
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    if process.poll() is None:
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(timeout=5)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
