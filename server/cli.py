@@ -39,6 +39,7 @@ from server.fleet.enrolment import TOKEN_HOURS, Registrar, add_device
 from server.fleet.home import Home, create
 from server.ledger import Ledger
 from server.operator import Operator
+from server.quotas import Quotas, Shares
 from server.service import Service
 from server.simulation import simulate
 from server.store.database import Database
@@ -166,11 +167,17 @@ def serve(home: Home, config: ServerConfig, ledger: Ledger, stopped: Any) -> Non
     rules = Rules(
         target=rounds.target, quorum=rounds.quorum, deadline_s=rounds.deadline_s,
         abandoned_max=rounds.abandoned_max, evaluation_wait_s=rounds.evaluation_wait_s,
-        packet_bytes_max=ledger.packet_bytes,
+        packet_bytes_max=ledger.packet_bytes, uploads_max=config.limits.uploads_max,
     )  # fmt: skip
+    shares = Shares(
+        control_per_minute=config.limits.control_per_minute, repeats_max=config.limits.repeats_max
+    )
     coordinator = Coordinator(federation=ledger.keys.federation, rules=rules)
     registrar = Registrar(home, ledger.db, time.time)
-    service = Service(link, ledger, coordinator, registrar, evaluation_npz=config.evaluation.npz)
+    service = Service(
+        link, ledger, coordinator, registrar, evaluation_npz=config.evaluation.npz,
+        quotas=Quotas(shares),
+    )  # fmt: skip
     try:
         service.run(stopped)
     finally:

@@ -57,6 +57,16 @@ class Evaluation(_Table, frozen=True, kw_only=True):
     npz: str = ""
 
 
+class Limits(_Table, frozen=True, kw_only=True):
+    """What devices may take up of the server, each and together."""
+
+    uploads_max: Annotated[int, Meta(ge=1, le=1_000_000)] = 2000
+    control_per_minute: Annotated[float, Meta(ge=1, le=1e9)] = 120.0
+    repeats_max: Annotated[int, Meta(ge=1, le=1000)] = 8
+    spool_mb_max: Annotated[int, Meta(ge=0, le=10**9)] = 0
+    disk_free_mb_min: Annotated[int, Meta(ge=0, le=10**9)] = 64
+
+
 class ServerConfig(_Table, frozen=True, kw_only=True):
     """What may stand in `midge.toml`."""
 
@@ -69,6 +79,7 @@ class ServerConfig(_Table, frozen=True, kw_only=True):
     training: Training = Training()
     aggregation: Aggregation = Aggregation()
     evaluation: Evaluation = Evaluation()
+    limits: Limits = Limits()
 
 
 EXAMPLE = """\
@@ -120,6 +131,18 @@ port = {port}
 # fedavg, fedavgm, fedadam or fedyogi
 # optimiser = "fedavg"
 # learning_rate = 1.0
+
+[limits]
+# How many uploads may be open at once, over all devices; further ones are told to wait.
+# uploads_max = 2000
+# How many messages (chunks aside) a device may send in a minute; the rest is dropped.
+# control_per_minute = 120.0
+# How many times over a device may send its update in one round; the rest is dropped.
+# repeats_max = 8
+# The most that the sealed updates of a round may take on disk, in MB; 0: what the disk has.
+# spool_mb_max = 0
+# Take no updates while the disk has less room than this, in MB: models and receipts need it.
+# disk_free_mb_min = 64
 
 [evaluation]
 # Held-out samples to measure each new model on, here on the server. Without them, devices

@@ -38,6 +38,7 @@ from server.coordinator import Coordinator
 from server.evaluation import Evaluator
 from server.fleet.enrolment import Registrar
 from server.ledger import Ledger
+from server.quotas import Quotas
 from server.store import rows
 
 __all__ = ["Service"]
@@ -61,6 +62,7 @@ class Service:
         registrar: Registrar,
         *,
         evaluation_npz: str = "",
+        quotas: Quotas | None = None,
         shard: int = 0,
         clock: Callable[[], float] = time.monotonic,
         on_summary: Callable[[RoundSummary], None] = lambda _: None,
@@ -70,6 +72,7 @@ class Service:
         self._coordinator = coordinator
         self._registrar = registrar
         self._evaluation_npz = evaluation_npz
+        self._quotas = quotas or Quotas()
         self._shard = shard
         self._clock = clock
         self._on_summary = on_summary
@@ -152,7 +155,11 @@ class Service:
         rejects = self._coordinator.rejects
         reason = error.reason if len(rejects) < _REJECTS_KINDS_MAX else "other"
         rejects[reason] += 1
-        log.info("dropped a message on %s: %s", topic, error)
+        # Whoever sends nonsense for hours must not fill the disk with lines about it: each
+        # reason is told the 1st, 2nd, 4th, 8th … time.
+        count = rejects[reason]
+        level = logging.INFO if count & (count - 1) == 0 else logging.DEBUG
+        log.log(level, "dropped a message on %s: %s (%s: %d so far)", topic, error, reason, count)
 
     def _accept(self) -> None:
         """Commit the complete updates that came in together, then say so."""
@@ -164,7 +171,13 @@ class Service:
     # ── what a message says ─────────────────────────────────────────────────────────────
 
     def _understand(self, message: Message) -> list[ev.Event]:
-        match self._topics.parse(message.topic):
+        place = self._topics.parse(message.topic)
+        match place:
+            case UpTopic(device=device, kind="data"):
+                self._quotas.chunk(device, len(message.payload))
+            case UpTopic(device=device) | DeviceState(device):
+                self._quotas.control(device, now_s=self._clock())
+        match place:
             case "ctl":
                 return self._command(message)
             case DeviceState(device):
@@ -300,6 +313,7 @@ class Service:
 
     def _open_round(self, effect: ev.OpenRound) -> list[ev.Event]:
         opened, signed = self._ledger.open_round(effect)
+        self._quotas.begin_round(opened.update_bytes)
         log.info("round %d is open for %d updates", opened.announcement.round, effect.target)
         self._announce(signed)
         return [opened]
@@ -421,6 +435,7 @@ class Service:
         log.info("going on with run %d of task %s", found.run.id, found.run.task)
         self._evaluator = self._make_evaluator()
         if found.opened is not None:
+            self._quotas.begin_round(found.opened.update_bytes)
             self._announced = found.signed  # retained with all the rest once we are connected
         effects = self._coordinator.restore(
             found.run, found.opened, found.uploads, now_s=self._clock(),

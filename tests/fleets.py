@@ -45,6 +45,7 @@ from server.events import Rules
 from server.fleet.enrolment import Registrar, add_device
 from server.fleet.home import Home, create
 from server.ledger import Ledger
+from server.quotas import Quotas, Shares
 from server.service import Service
 from server.store.database import Database
 
@@ -108,7 +109,16 @@ def enrol_by_hand(home: Home, db: Database, name: str, folder: Path) -> Identity
 class World:
     """A server over an in-memory broker whose clock is the broker's."""
 
-    def __init__(self, folder: Path, *, rounds: dict[str, Any] | None = None, **broker: Any):
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        rounds: dict[str, Any] | None = None,
+        shares: Shares | None = None,
+        **broker: Any,
+    ):
+        # A test says in a moment what takes an hour in the field, so its devices may.
+        self.shares = shares or Shares(control_per_minute=1e6, repeats_max=1000)
         self.folder = folder
         self.home = create(folder / "fleet", federation=FEDERATION, hosts=["localhost"], port=1)
         shutil.copy(TASK, self.home.folder / "tasks")
@@ -130,7 +140,7 @@ class World:
         self.coordinator = Coordinator(federation=FEDERATION, rules=rules)
         registrar = Registrar(self.home, self.ledger.db, time.time)
         self.service = Service(
-            self.link, self.ledger, self.coordinator, registrar,
+            self.link, self.ledger, self.coordinator, registrar, quotas=Quotas(self.shares),
             clock=lambda: self.broker.now_s,
         )  # fmt: skip
         self.service.begin()

@@ -44,6 +44,7 @@ PURE = (
     "device_client/participant.py",
     "server/coordinator.py",
     "server/cohort.py",
+    "server/quotas.py",
     "server/aggregation/",
 )
 IMPURE_MODULES = {
