@@ -21,7 +21,13 @@ from broker_bridge.disk import REAL_DISK, Disk, DiskFullError, disk_errors
 from broker_bridge.errors import LocalError, PeerError
 from broker_bridge.task.taskfile import Plan, decode_task, encode_plan
 from broker_bridge.wire import blobs, messages, weights
-from broker_bridge.wire.chunks import chunk_header, open_chunk, tags_digest
+from broker_bridge.wire.chunks import (
+    CHUNK_OVERHEAD_BYTES,
+    Layout,
+    chunk_header,
+    open_chunk,
+    tags_digest,
+)
 from broker_bridge.wire.envelope import KEY_BYTES, ChunkKey, KemKey, random_bytes, sha256, verify
 from broker_bridge.wire.messages import Announcement, Blob, Init, RoundSummary, Settings, Until
 from broker_bridge.wire.update import Binding, update_key
@@ -43,6 +49,8 @@ log = logging.getLogger("midge.server")
 
 ATTEMPTS_MAX = 8  # uploads a device may begin in one round
 _JITTER_DEVICES_PER_S = 200  # pace steering: joins are spread so that so many come in a second
+
+_MB = 1_000_000
 
 Weights = dict[str, NDArray[Any]]
 
@@ -99,6 +107,7 @@ class Ledger:
         random: Callable[[int], bytes] = random_bytes,
         disk: Disk = REAL_DISK,
         db: Database | None = None,
+        free_bytes: Callable[[Path], int] | None = None,
     ) -> None:
         self.db = db or Database(home.database)
         self.keys: ServerKeys = home.keys()
@@ -111,6 +120,7 @@ class Ledger:
         self._clock = clock  # seconds since 1970: for people, and for deadlines after a restart
         self._random = random
         self._disk = disk
+        self._free_bytes = free_bytes  # of the disk that a path is on; None: nobody knows
         self._models = ModelFiles(home.state / "models", disk=disk)
         self._spool = Spool(home.state / "spool", disk=disk)
         self._optimiser: ServerOptimiser = FedAvg()
@@ -122,7 +132,8 @@ class Ledger:
     def tasks(self) -> dict[str, Path]:
         """The task files that a start may name, by file name without `.task`."""
         folder = self._home.folder / "tasks"
-        names = self._disk.names(folder) if self._disk.exists(folder) else []
+        with disk_errors(folder):
+            names = self._disk.names(folder) if self._disk.exists(folder) else []
         found = [
             *(folder / n for n in names if n.endswith(".task")),
             *map(Path, self._config.tasks),
@@ -143,6 +154,7 @@ class Ledger:
             if model is None:
                 model = self._first_model(task, tx.highest_model() + 1)
                 tx.add_model(model)
+            self._use(task, model)  # first: a run whose model cannot be read must not begin
             run_id = tx.add_run(
                 rows.Run(
                     task_name=name,
@@ -155,7 +167,6 @@ class Ledger:
                     started_at=self._clock(),
                 )
             )
-        self._use(task, model)
         return Run(
             id=run_id,
             task=name,
@@ -330,6 +341,8 @@ class Ledger:
         """Make room for an upload; return the chunks it lacks. Raises PeerError, LocalError."""
         this = self._open
         assert this is not None  # noqa: S101 - asked only while a round is open
+        if init.upload not in self._spool.uploads():
+            self._check_spool(init.layout)
         binding = Binding(self.keys.federation, device.name, this.digest, init.upload)
         key = update_key(
             init.enc, binding, round_key=this.key, sender=device.kem_public, psk=device.psk
@@ -337,6 +350,24 @@ class Ledger:
         self._spool.begin(init.upload, init.layout)
         this.uploads[init.upload] = _Incoming(device.name, init, key)
         return tuple(self._spool.missing(init.upload))
+
+    def check_room(self, wanted_bytes: int = 0) -> None:
+        """Raise DiskFullError when the disk has less room than is kept for models and receipts."""
+        least = self._config.limits.disk_free_mb_min * _MB
+        free = None if self._free_bytes is None else self._free_bytes(self._home.state)
+        if free is not None and free - wanted_bytes < least:
+            raise DiskFullError(
+                f"{self._home.state}: the disk is full: {free // _MB} MB are free, and "
+                f"{least // _MB} MB are kept for models and receipts; make room there, then this "
+                "goes on by itself"
+            )
+
+    def _check_spool(self, layout: Layout) -> None:
+        wanted = layout.total_bytes + layout.count * CHUNK_OVERHEAD_BYTES
+        self.check_room(wanted)
+        most = self._config.limits.spool_mb_max * _MB
+        if most and self._spool.bytes_held + wanted > most:
+            raise DiskFullError(f"the updates of this round hold their {most // _MB} MB already")
 
     def put_chunk(self, device: str, chunk: bytes) -> tuple[bytes, int]:
         """Keep a chunk that opens; return its upload and how many are still missing.
@@ -486,8 +517,12 @@ class Ledger:
     def _forget_round(self) -> None:
         """The round is over: its key and its updates go, from the log of the database too."""
         self._open = None
-        self._spool.clear()
-        self.db.checkpoint()
+        try:
+            self._spool.clear()
+            self.db.checkpoint()
+        except DiskFullError as error:
+            # The round's end is written down already: it must not be tried again for this.
+            log.warning("%s (what the last round left behind goes after the next one)", error)
 
     def _prune(self, newest: int) -> None:
         """Remove old models, but never the newest one of a task."""

@@ -119,6 +119,8 @@ class Database:
         """Turn what the database could not do into a LocalError; our own bugs stay as they are."""
         try:
             yield
+        except sqlite3.Error as error:  # the driver's own, where it is asked without SQLAlchemy
+            raise _explain(self.where, error) from error
         except DatabaseError as error:
             if not (isinstance(error, OperationalError) or type(error) is DatabaseError):
                 raise

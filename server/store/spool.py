@@ -215,9 +215,12 @@ class Spool:
             self._disk.unlink(path)
 
     def clear(self, *, keep: Collection[bytes] = ()) -> None:
-        """Remove every upload but those in `keep`: after a round, and after a restart."""
-        for upload in self.uploads() - set(keep):
+        """Remove every upload but those in `keep`, for good: after a round, and after a restart."""
+        gone = self.uploads() - set(keep)
+        for upload in gone:
             self.drop(upload)
+        if gone:
+            sync_folder(self.folder, disk=self._disk)
 
     def uploads(self) -> set[bytes]:
         """The uploads that are here, begun in this process or found from an earlier one."""
