@@ -7,7 +7,7 @@
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench campaign clean mosquitto mosquitto-or-fail python
+.PHONY: help demo test check bench campaign fuzz clean mosquitto mosquitto-or-fail python
 
 # TensorFlow Lite's lean runtime exists for Python 3.11 and no newer, so that one comes first;
 # then those that the demo was tried on; then whatever there is, if it is new enough.
@@ -22,6 +22,9 @@ export PATH := $(PATH):/usr/sbin:/usr/local/sbin:/opt/homebrew/sbin:/opt/homebre
 
 # What to hand on to pytest or the demo: make test ARGS='-k chunks'
 ARGS ?=
+
+# How long `make fuzz` runs, over all targets; starting them takes a little more.
+MINUTES ?= 16
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -45,6 +48,9 @@ bench: .venv/.ready mosquitto-or-fail  ## print every benchmark's table
 campaign: .venv-dev/.ready mosquitto-or-fail  ## run the long random tests that `test` leaves out
 	@.venv-dev/bin/python -m pytest -m campaign $(ARGS)
 
+fuzz: .venv-dev/.fuzz  ## feed every parser damaged bytes: make fuzz MINUTES=16
+	@.venv-dev/bin/python -m tests.fuzz.run --minutes $(MINUTES) $(ARGS)
+
 clean:  ## remove the environments and caches; fleets and their keys stay
 	rm -rf .venv .venv-dev build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -56,6 +62,11 @@ clean:  ## remove the environments and caches; fleets and their keys stay
 
 .venv-dev/.ready: pyproject.toml constraints.txt | python
 	$(call install,.venv-dev,dev,about 450 MB: TensorFlow is among it)
+
+.venv-dev/.fuzz: .venv-dev/.ready
+	@.venv-dev/bin/python -m pip install --quiet --disable-pip-version-check \
+		-c constraints.txt -e '.[fuzz]'
+	@touch $@
 
 define install
 	@echo "Installing midge[$(2)] into $(1) ($(3)) …"

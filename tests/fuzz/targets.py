@@ -14,6 +14,7 @@ import functools
 import hashlib
 import json
 import logging
+import os
 import re
 import select
 import shutil
@@ -62,7 +63,7 @@ from server.config import ServerConfig
 from server.fleet.home import Home
 from server.store.spool import Spool
 from tests.broker_bridge.wire.test_messages import BINARY, JSON
-from tests.fleets import TASK, TOPICS, World
+from tests.fleets import TASK, TOPICS, Hand, World
 
 __all__ = ["CORPUS", "TARGETS", "Target", "check", "checked_for_memory", "seeds_of"]
 
@@ -120,8 +121,9 @@ def _split(data: bytes, modes: int) -> tuple[int, bytes]:
 @functools.cache
 def folder(name: str) -> Path:
     """A folder for one target, in memory where that is possible: most writes are fsynced."""
-    shm = Path("/dev/shm")
-    made = Path(tempfile.mkdtemp(prefix=f"midge-fuzz-{name}-", dir=shm if shm.is_dir() else None))
+    given, shm = os.environ.get("MIDGE_FUZZ_FOLDER"), Path("/dev/shm")
+    place = given or (shm if shm.is_dir() else None)
+    made = Path(tempfile.mkdtemp(prefix=f"midge-fuzz-{name}-", dir=place))
     atexit.register(shutil.rmtree, made, ignore_errors=True)
     return made
 
@@ -224,7 +226,7 @@ def chunks(data: bytes) -> None:
     elif mode == 1:
         open_chunk(rest, CHUNK_KEY)
     elif mode == 2:
-        bits, tail = rest[1:], (rest[0] if rest else 0)
+        bits, tail = rest[1:8193], (rest[0] if rest else 0)
         count = max(0, 8 * len(bits) - tail % 8)
         if count:
             assert bitmap_of(missing_in(bits, count), count)[:-1] == bits[:-1]
@@ -610,59 +612,93 @@ def ctl_seeds() -> list[bytes]:
     ]  # fmt: skip
 
 
-SAYINGS = ("state", "enrol", "join", "init", "data", "need", "report", "ctl")
+SAYINGS = ("state", "enrol", "join", "init", "data", "need", "report", "stranger")
+
+
+ROUND_LASTS = 100  # inputs; a member has only so many attempts in one round
+
+
+@dataclass
+class Insider:
+    """A member on line whose server has a round open, until it is used up."""
+
+    world: World
+    hand: Hand
+    inputs: int = 0
+
+    def refresh(self) -> None:
+        """Open a new round if there is none, or if this one has heard enough."""
+        self.inputs += 1
+        if self.inputs % ROUND_LASTS == 0:
+            self.world.tell(cmd="stop")
+        if not self.world.ledger.has_open_round:
+            self.world.tell(cmd="start", rounds=1000, target=1, quorum=1, deadline_s=1e6)
+
+    def fitted(self, kind: str, data: bytes) -> bytes:
+        """Fill in what a member knows of the round where a message says 0, so it gets further."""
+        try:
+            said = msgspec.msgpack.decode(data)
+        except (msgspec.MsgspecError, ValueError, RecursionError):
+            return data
+        if not isinstance(said, dict):
+            return data
+        ledger = self.world.ledger
+        if said.get("announcement") == bytes(32):
+            said |= {"announcement": self.hand.digest, "round": self.world.announcement().round}
+        if said.get("digest") == bytes(32):
+            said["digest"] = ledger.model_blob().digest
+        if kind == "init" and said.get("upload") == bytes(8):
+            said["upload"] = self.hand.heard[-1].upload if self._was_let_in() else bytes(8)
+        if said.get("total_bytes") == 18_000:
+            said["total_bytes"] = len(ledger.model_bytes)
+        with contextlib.suppress(OverflowError):
+            data = msgspec.msgpack.encode(said)
+        return data
+
+    def _was_let_in(self) -> bool:
+        return bool(self.hand.heard) and hasattr(self.hand.heard[-1], "upload")
+
+    def sealed(self, data: bytes) -> bytes:
+        """Any bytes as a chunk of the upload that the server waits for, if it does."""
+        opened = self.world.ledger._open
+        uploads = list(opened.uploads.items()) if opened is not None else []
+        if not uploads or not data:
+            return data
+        upload, incoming = uploads[-1]
+        layout = incoming.init.layout
+        index = data[0] % layout.count
+        body = (data * layout.body_bytes)[: layout.size(index)]
+        header = ChunkHeader(upload, index, layout.count).encode()
+        return header + incoming.key.seal(index, body, header)
+
+
+@functools.cache
+def _insider() -> Insider:
+    world = _world("service")
+    identity = identities.load(world.folder / "ward-1")
+    hand = Hand(world, identity)  # type: ignore[arg-type]
+    hand.show("ready")
+    world.settle()
+    return Insider(world, hand)
 
 
 def service(data: bytes) -> None:
     """A member says anything, signed, while a round is open for it."""
     mode, rest = _split(data, 2 * len(SAYINGS))
     kind, raw = SAYINGS[mode % len(SAYINGS)], mode >= len(SAYINGS)
-    world = _world("service")
-    if not world.ledger.has_open_round:
-        world.tell(cmd="stop")
-        world.tell(cmd="start", rounds=1000, target=1, quorum=1, deadline_s=1e6)
-    member = world.agents_hand if hasattr(world, "agents_hand") else _member(world)
+    insider = _insider()
+    insider.refresh()
     if kind in ("join", "init", "need", "report") and not raw:
-        rest = _fitted(world, member, kind, rest)
-        rest = SignKey.sign(member.identity.keys.sign, f"{kind} demo/ward-1", rest)
-    topic = {"state": TOPICS.state("ward-1"), "ctl": TOPICS.ctl}.get(
-        kind, TOPICS.up(0, "ward-1", kind)
-    )
-    if kind == "ctl":
-        topic, rest = TOPICS.up(0, "ward-2", "join"), rest  # nobody enrolled this one
-    _say(world, topic, rest[:60_000])
-    member.listen()
-    while world.operator.receive(0) is not None:
-        pass
-
-
-def _member(world: World) -> Any:
-    """The device that talks, on line; and the id it was given in this round."""
-    from tests.fleets import Hand
-
-    identity = identities.load(world.folder / "ward-1")
-    assert identity is not None
-    hand = Hand(world, identity)
-    hand.show("ready")
-    world.settle()
-    world.agents_hand = hand  # type: ignore[attr-defined]
-    return hand
-
-
-def _fitted(world: World, member: Any, kind: str, data: bytes) -> bytes:
-    """Put the open round's names into a message that leaves them 0, so that it gets further."""
-    try:
-        said = msgspec.msgpack.decode(data)
-    except (msgspec.MsgspecError, ValueError, RecursionError):
-        return data
-    if not isinstance(said, dict):
-        return data
-    if said.get("announcement") == bytes(32):
-        said["announcement"] = member.digest
-        said["round"] = world.announcement().round
-    if kind == "init" and said.get("upload") == bytes(8):
-        said["upload"] = world.ledger.upload_ids("ward-1")[0]
-    return msgspec.msgpack.encode(said)
+        rest = insider.fitted(kind, rest)
+        rest = insider.hand.identity.keys.sign.sign(f"{kind} demo/ward-1", rest)
+    if kind == "data" and not raw:
+        rest = insider.sealed(rest)
+    who = "ward-2" if kind == "stranger" else "ward-1"
+    topic = TOPICS.up(0, who, "join" if kind == "stranger" else kind)
+    _say(insider.world, TOPICS.state(who) if kind == "state" else topic, rest[:60_000])
+    del insider.hand.heard[:-1]
+    insider.hand.listen()
+    insider.world.read_operator()
 
 
 def service_seeds() -> list[bytes]:
@@ -683,7 +719,7 @@ def service_seeds() -> list[bytes]:
             messages.Report(round=1, model_version=1, examples=4, metrics={"accuracy": 0.5})
         ),
         "enrol": enrol_seeds()[0][1:],
-        "ctl": b"x",
+        "stranger": b"x",
     }  # fmt: skip
     return [bytes([SAYINGS.index(kind)]) + data for kind, data in said.items()]
 
