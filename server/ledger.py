@@ -614,7 +614,7 @@ class Ledger:
                 if device is None:
                     raise LocalError(f"the database lost the device {receipt.device!r}")
                 self.begin_upload(device, init)
-                self._add(init)
+                self._add_promised(receipt.device, init)
             uploads.append(
                 Upload(
                     receipt.device,
@@ -637,7 +637,18 @@ class Ledger:
         with self.db.reading() as tx:
             receipts = tx.receipts(this.announcement.round, status="accepted")
         for receipt in receipts:
-            self._add(messages.decode(receipt.init, Init))
+            self._add_promised(receipt.device, messages.decode(receipt.init, Init))
+
+    def _add_promised(self, device: str, init: Init) -> None:
+        """Add an update that has a receipt; without it there is no model of this round."""
+        try:
+            self._add(init)
+        except PeerError as error:
+            raise LocalError(
+                f"{self._spool.folder}/{init.upload.hex()}.update: the update of {device} has a "
+                f"receipt and cannot be read ({error}); check the disk, and restore the fleet's "
+                "folder from a backup"
+            ) from error
 
     def close(self) -> None:
         """Let go of files."""
