@@ -81,6 +81,7 @@ from server.events import (
 
 __all__ = ["Coordinator", "Phase"]
 
+Status = Literal["going", "accepting", "accepted", "rejected"]
 _REASON_CHARS_MAX = 500  # what an `Ack` takes
 _ROLL_CALL_S = 5.0  # in which devices say that they are there, after we or the broker came back
 
@@ -109,12 +110,29 @@ class _Round:
     uploads: dict[str, Upload] = field(default_factory=dict)  # by device
     joined: set[str] = field(default_factory=set)
 
+    counts: Counter[str] = field(default_factory=Counter)  # of uploads, by status
+
     @property
     def accepted(self) -> list[Upload]:
         return [u for u in self.uploads.values() if u.status == "accepted"]
 
     def count(self, *statuses: str) -> int:
-        return sum(u.status in statuses for u in self.uploads.values())
+        """How many uploads have one of these statuses. Asked for each message: no loop."""
+        return sum(self.counts[status] for status in statuses)
+
+    def put(self, place: Upload) -> None:
+        """Give a device this place, instead of the one it may have had."""
+        former = self.uploads.get(place.device)
+        if former is not None:
+            self.counts[former.status] -= 1
+        self.uploads[place.device] = place
+        self.counts[place.status] += 1
+
+    def mark(self, place: Upload, status: Status) -> None:
+        """Change how far an upload is."""
+        self.counts[place.status] -= 1
+        place.status = status
+        self.counts[status] += 1
 
 
 class Coordinator:
@@ -183,7 +201,7 @@ class Coordinator:
                 "quorum": self._round.quorum,
                 "invited": len(self._round.uploads),
                 "uploading": sum(u.init is not None for u in self._round.uploads.values()),
-                "accepted": len(self._round.accepted),
+                "accepted": self._round.count("accepted"),
                 "seconds_left": round(self._over_s - self._now_s, 1),
             }
         return found
@@ -221,9 +239,9 @@ class Coordinator:
         self._round.opened_s = now_s - min(elapsed_s, opened.announcement.deadline_s)
         for upload in uploads:
             self._round.joined.add(upload.device)
-            self._round.uploads[upload.device] = upload
+            self._round.put(upload)
             self._by_upload[upload.upload] = upload
-        return []
+        return self._close_if_reached(self._round)  # the last receipt may have been the last act
 
     def _take_up_measuring(self, last: RoundSummary, server_evaluates: bool) -> list[Effect]:
         """The server died between a new model and the decision whether it is good enough."""
@@ -402,7 +420,7 @@ class Coordinator:
         assert self._round is not None  # noqa: S101 - OPEN implies it
         if self._round.count("accepting"):
             return []  # an update is between disk and sum: its answer comes in this same turn
-        accepted = len(self._round.accepted)
+        accepted = self._round.count("accepted")
         if accepted >= self._round.quorum:
             return self._close()
         return self._abandon(
@@ -449,17 +467,22 @@ class Coordinator:
                 return [*effects, Send(device, busy)]
             size = self._packet_bytes(join)
             place = Upload(device, event.uploads[attempt], size, attempt=attempt)
-            this.uploads[device] = self._by_upload[place.upload] = place
+            self._by_upload[place.upload] = place
+            this.put(place)
         return [*effects, Send(device, self._go(this, place))]
 
     def _full(self, this: _Round) -> bool:
         """Whether every place is taken. A device that was lost gives its place to another."""
-        lost = {d for d, p in self._presence.items() if p.state == "lost"}
-        places = sum(
-            u.status in ("accepting", "accepted") or (u.status == "going" and u.device not in lost)
-            for u in this.uploads.values()
-        )
-        return places >= min(invitations(this.target), self.rules.uploads_max)
+        most = min(invitations(this.target), self.rules.uploads_max)
+        places = this.count("going", "accepting", "accepted")
+        if places < most:
+            return False
+        lost = sum(u.status == "going" and self._is_lost(u.device) for u in this.uploads.values())
+        return places - lost >= most
+
+    def _is_lost(self, device: str) -> bool:
+        presence = self._presence.get(device)
+        return presence is not None and presence.state == "lost"
 
     def _packet_bytes(self, join: Join) -> int:
         wanted = min(join.packet_bytes_max or self.rules.packet_bytes_max, LIMITS.packet_bytes_max)
@@ -500,7 +523,8 @@ class Coordinator:
         if place is None and event.ours and device not in this.uploads:
             # Let in before we were restarted: the id proves it.
             place = Upload(device, init.upload, packet_bytes=0)
-            this.uploads[device] = self._by_upload[init.upload] = place
+            self._by_upload[init.upload] = place
+            this.put(place)
         if place is None or place.device != device:
             raise PeerError("unasked_upload", f"{device} sent an upload that nobody asked for")
         if place.status != "going":
@@ -533,8 +557,9 @@ class Coordinator:
 
     def _reject(self, place: Upload, kind: str, reason: str) -> list[Effect]:
         self.rejects[kind] += 1
-        place.status, place.reason = "rejected", reason[:_REASON_CHARS_MAX]
         assert self._round is not None  # noqa: S101 - a place is in a round
+        self._round.mark(place, "rejected")
+        place.reason = reason[:_REASON_CHARS_MAX]
         return [
             Refuse(place.device, place.upload, reason),
             *self._final(self._round, place),
@@ -556,16 +581,16 @@ class Coordinator:
         return self._complete(place, place.init)
 
     def _complete(self, place: Upload, init: Init) -> list[Effect]:
-        if place.status != "going":
+        if place.status != "going" or self._round is None:
             return []
-        place.status = "accepting"
+        self._round.mark(place, "accepting")
         return [Accept(place.device, init)]
 
     def _accepted(self, upload: bytes) -> list[Effect]:
         place, this = self._by_upload.get(upload), self._round
         if place is None or this is None or place.status != "accepting":
             return []
-        place.status = "accepted"
+        this.mark(place, "accepted")
         return self._final(this, place) + self._close_if_reached(this)
 
     def _refused(self, event: Refused) -> list[Effect]:
@@ -575,7 +600,7 @@ class Coordinator:
         if event.status == "rejected":
             kind, _, reason = event.reason.partition(": ")
             return self._reject(place, kind, reason or kind) + self._close_if_reached(this)
-        place.status = "going"
+        this.mark(place, "going")
         ack = Ack(
             round=this.announcement.round,
             upload=event.upload,
@@ -587,7 +612,7 @@ class Coordinator:
 
     def _close_if_reached(self, this: _Round) -> list[Effect]:
         """Close at the target, once no update is between disk and sum."""
-        if len(this.accepted) >= this.target and not this.count("accepting"):
+        if this.count("accepted") >= this.target and not this.count("accepting"):
             return self._close()
         return []
 
