@@ -23,7 +23,7 @@ from broker_bridge.task.taskfile import Plan, Task, Training, encode_plan
 from broker_bridge.wire import weights as wire
 from broker_bridge.wire.weights import Tensors, TensorSpec
 
-__all__ = ["Result", "installed_runtimes", "random_steps", "run_on_device"]
+__all__ = ["Result", "arrays_of", "installed_runtimes", "random_steps", "run_on_device"]
 
 Array = NDArray[Any]
 
@@ -66,7 +66,7 @@ def run_on_device(
         (folder / "plan").write_bytes(encode_plan(plan.task, plan.tflite))
         (folder / "weights").write_bytes(wire.encode(weights))
         (folder / "settings.json").write_bytes(msgspec.json.encode(settings))
-        np.savez(folder / "steps.npz", **_arrays(steps))
+        np.savez(folder / "steps.npz", **arrays_of(steps))
         command = [sys.executable, "-m", "server.tasks.worker", name, runtime, str(repeat)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
@@ -99,7 +99,8 @@ def random_steps(task: Task, count: int, *, seed: int = 0) -> list[Samples]:
     return steps
 
 
-def _arrays(steps: Sequence[Samples]) -> dict[str, Array]:
+def arrays_of(steps: Sequence[Samples]) -> dict[str, Array]:
+    """Return `steps` as the worker reads them from steps.npz."""
     arrays: dict[str, Array] = {}
     for number, step in enumerate(steps):
         arrays |= {f"{number}_x{i}": array for i, array in enumerate(step.inputs)}

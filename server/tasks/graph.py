@@ -271,9 +271,15 @@ def _present(feed: dict[str, Any]) -> Any:
     return tf.minimum(tf.maximum(feed["rows"] - counting, 0.0), 1.0)
 
 
+def _square_sum(x: Any) -> Any:
+    """Return Σ x², rows first: the device adds one by one, and loses digits over a million."""
+    x = tf.reshape(x * x, [-1, x.shape[-1] if x.shape.rank else 1])
+    return tf.reduce_sum(tf.reduce_sum(x, axis=1))
+
+
 def _clipped(gradients: list[Any], bound: Any) -> list[Any]:
     """Scale `gradients` to a global norm of at most `bound` [1]; 0 means no bound."""
-    norm = tf.sqrt(tf.add_n([tf.reduce_sum(g * g) for g in gradients]))
+    norm = tf.sqrt(tf.add_n([_square_sum(g) for g in gradients]))
     scale = tf.minimum(bound / tf.maximum(norm, 1e-12), 1.0)
     on = tf.cast(tf.cast(bound, tf.bool), tf.float32)
     scale = scale * on + (1.0 - on)
