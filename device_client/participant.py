@@ -374,12 +374,19 @@ class Participant:
     def _send_some(self, publishes: int) -> list[Effect]:
         if self.state is not State.UPLOADING or self._outbox is None or not self._to_send:
             return []
-        window = min(publishes, len(self._to_send))
+        window = min(publishes, len(self._to_send), self._window(publishes))
         if window < 1:
             return []
         indices = tuple(self._to_send.popleft() for _ in range(window))
         self._heard()
         return [SendChunks(self._outbox.upload, indices)]
+
+    def _window(self, publishes: int) -> int:
+        """What the server's window leaves, given what is on its way to the broker."""
+        if self._go is None:
+            return publishes
+        on_its_way = max(0, self._limits.inflight_max - publishes)
+        return self._go.window - on_its_way
 
     def _receipt(self, ack: Ack) -> list[Effect]:
         if not self._is_ours(ack.upload) and not self._settled_before(ack):
