@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import json
+import shutil
 import time
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -147,7 +148,10 @@ def server_command(
         config = msgspec.structs.replace(config, broker=where)
     show_log(config.log)
     stopped = stop_on_signals()
-    with _locked(home), contextlib.closing(Ledger(home, config, clock=time.time)) as ledger:
+    with (
+        _locked(home),
+        contextlib.closing(Ledger(home, config, clock=time.time, free_bytes=_free_bytes)) as ledger,
+    ):
         serve(home, config, ledger, stopped.is_set)
 
 
@@ -182,6 +186,11 @@ def serve(home: Home, config: ServerConfig, ledger: Ledger, stopped: Any) -> Non
         service.run(stopped)
     finally:
         link.close()
+
+
+def _free_bytes(path: Path) -> int:
+    with disk_errors(path):
+        return shutil.disk_usage(path).free
 
 
 @contextlib.contextmanager

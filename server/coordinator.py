@@ -69,6 +69,7 @@ from server.events import (
     Refused,
     Reported,
     Respond,
+    Room,
     Rules,
     Run,
     Seen,
@@ -83,6 +84,7 @@ __all__ = ["Coordinator", "Phase"]
 
 Status = Literal["going", "accepting", "accepted", "rejected"]
 _REASON_CHARS_MAX = 500  # what an `Ack` takes
+_NO_ROOM = "the server has no room on its disk"
 _ROLL_CALL_S = 5.0  # in which devices say that they are there, after we or the broker came back
 
 
@@ -156,6 +158,7 @@ class Coordinator:
         self._reports: dict[str, Report] = {}
         self._server_evaluates = False
         self._connected = True
+        self._trouble = ""  # with the disk
 
     # ── what others may ask ─────────────────────────────────────────────────────────────
 
@@ -182,7 +185,7 @@ class Coordinator:
         found: dict[str, object] = {
             "federation": self.federation,
             "phase": "paused" if self.paused else self.phase.value,
-            "detail": self.detail,
+            "detail": self._trouble or self.detail,
             "devices": {"online": len(self.online()), "evaluating": len(self.online("evaluate"))}
             | dict(states),
             "rejected": dict(self.rejects),
@@ -271,6 +274,9 @@ class Coordinator:
                 self._connected = True
                 if not resumed:
                     self._presence.clear()  # whoever is there will say so again
+                return []
+            case Room(trouble):
+                self._trouble = trouble
                 return []
             case Commanded(command):
                 return self._commanded(command)
@@ -392,6 +398,8 @@ class Coordinator:
         run = self.run
         if run is None or self.paused:
             return []
+        if self._trouble:
+            return []  # nothing is begun that could not be finished
         if not self._connected:
             self.detail = "waiting for the broker"  # a round that nobody hears of would be lost
             return []
@@ -449,6 +457,9 @@ class Coordinator:
         place = this.uploads.get(device)
         if place is not None and place.status in ("accepted", "rejected", "accepting"):
             return self._final(this, place)
+        if place is None and self._trouble:
+            busy = Busy(round=join.round, retry_after_s=self.rules.retry_after_s, reason=_NO_ROOM)
+            return [Send(device, busy)]
         if place is None and self._full(this):
             wait_s = max(self.rules.retry_after_s, (self._over_s - self._now_s) / 8)
             busy = Busy(round=join.round, retry_after_s=wait_s, reason="the cohort is full")
@@ -595,12 +606,15 @@ class Coordinator:
 
     def _refused(self, event: Refused) -> list[Effect]:
         place, this = self._by_upload.get(event.upload), self._round
-        if place is None or this is None or place.status != "accepting":
+        if place is None or this is None or place.status not in ("going", "accepting"):
             return []
+        if place.status == "going" and self._now_s < place.quiet_until_s:
+            return []  # it was told already: this is what was still on its way
         if event.status == "rejected":
             kind, _, reason = event.reason.partition(": ")
             return self._reject(place, kind, reason or kind) + self._close_if_reached(this)
         this.mark(place, "going")
+        place.quiet_until_s = self._now_s + self.rules.retry_after_s
         ack = Ack(
             round=this.announcement.round,
             upload=event.upload,

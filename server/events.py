@@ -53,6 +53,7 @@ __all__ = [
     "Refused",
     "Reported",
     "Respond",
+    "Room",
     "Rules",
     "Run",
     "Seen",
@@ -105,6 +106,7 @@ class Upload:
     status: Literal["going", "accepting", "accepted", "rejected"] = "going"
     reason: str = ""
     attempt: int = 0
+    quiet_until_s: float = 0.0  # told to wait until then; not told again before
 
 
 # ── Events ──────────────────────────────────────────────────────────────────────────────
@@ -127,6 +129,13 @@ class LinkUp:
     """There is one again. Not `resumed`: the broker may have forgotten who is there."""
 
     resumed: bool
+
+
+@dataclass(frozen=True)
+class Room:
+    """The disk has room, or `trouble` says for a person what is wrong with it."""
+
+    trouble: str = ""
 
 
 @dataclass(frozen=True)
@@ -239,6 +248,7 @@ Event = (
     Tick
     | LinkDown
     | LinkUp
+    | Room
     | Commanded
     | Started
     | Seen

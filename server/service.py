@@ -12,10 +12,12 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Literal
 
+from broker_bridge.disk import DiskFullError
 from broker_bridge.errors import LinkError, LocalError, PeerError
 from broker_bridge.limits import LIMITS
 from broker_bridge.link.base import Connected, Disconnected, Link, LinkEvent, Message
 from broker_bridge.wire import blobs, messages
+from broker_bridge.wire.chunks import chunk_header
 from broker_bridge.wire.messages import (
     Ack,
     Blob,
@@ -45,9 +47,14 @@ __all__ = ["Service"]
 
 log = logging.getLogger("midge.server")
 
+_BUSY = "the server has no room for updates now"
 _COMMIT_MAX = 64  # updates that share one fsync
 _REPEAT_BLOB_S = 5.0  # a blob that many devices miss is retained again once, not for each
 _REJECTS_KINDS_MAX = 200
+_ROOM_S = 1.0  # how often to look whether the disk has room
+_WRITES = (
+    ev.OpenRound, ev.CloseRound, ev.AbandonRound, ev.Publish, ev.MarkPaused, ev.EndRun, ev.Refuse,
+)  # fmt: skip
 _UP = {"join": Join, "init": Init, "need": NeedBlob, "report": Report}
 
 
@@ -85,6 +92,9 @@ class Service:
         self._announced: bytes | None = None  # signed, of the round that is open or was last
         self._summed_up: bytes | None = None  # what `metrics` says
         self._laid_out = False
+        self._trouble = ""  # with the disk
+        self._look_again_s = 0.0
+        self._postponed: list[ev.Effect] = []  # what is to be written down once there is room
 
     # ── the loop ────────────────────────────────────────────────────────────────────────
 
@@ -107,7 +117,9 @@ class Service:
 
     def turn(self, event: LinkEvent | None) -> None:
         """One turn: what came over the link, what was measured, and the time."""
-        self._handle([ev.Tick(self._clock())])
+        self._look_for_room()
+        if not self._postponed:
+            self._handle([ev.Tick(self._clock())])
         waiting = event
         taken = 0
         while waiting is not None:
@@ -139,6 +151,8 @@ class Service:
                     self._handle(self._understand(event))
                 except PeerError as error:
                     self._count(error, event.topic)
+                except DiskFullError as error:
+                    self._no_room(error)  # whoever asked will ask again
                 self._link.ack(event)
                 if len(self._to_accept) >= _COMMIT_MAX:
                     self._accept()
@@ -149,7 +163,17 @@ class Service:
             todo.extend(self._carry_out(self._coordinator.step(todo.popleft())))
 
     def _carry_out(self, effects: Iterable[ev.Effect]) -> list[ev.Event]:
-        return [event for effect in effects for event in self._perform(effect)]
+        happened: list[ev.Event] = []
+        for effect in effects:
+            if self._postponed and isinstance(effect, _WRITES):
+                self._postponed.append(effect)  # in the order in which they were decided
+                continue
+            try:
+                happened += self._perform(effect)
+            except DiskFullError as error:
+                self._no_room(error)
+                self._postponed.append(effect)
+        return happened
 
     def _count(self, error: PeerError, topic: str) -> None:
         rejects = self._coordinator.rejects
@@ -166,7 +190,35 @@ class Service:
         while self._to_accept:
             batch, self._to_accept = self._to_accept, []
             results = self._ledger.accept(batch)
+            for each in results:
+                if isinstance(each, ev.Refused) and each.status == "busy":
+                    self._no_room(DiskFullError(each.reason))
             self._handle([ev.Tick(self._clock()), *results])
+
+    # ── a full disk ─────────────────────────────────────────────────────────────────────────
+
+    def _no_room(self, error: DiskFullError) -> None:
+        """Say so, take nothing new, and keep what was promised."""
+        if not self._trouble:
+            log.error("%s", error)
+        self._trouble, self._look_again_s = str(error), self._clock() + _ROOM_S
+        self._coordinator.step(ev.Room(self._trouble))
+
+    def _look_for_room(self) -> None:
+        if self._clock() < self._look_again_s:
+            return
+        self._look_again_s = self._clock() + _ROOM_S
+        try:
+            self._ledger.check_room()
+        except DiskFullError as error:
+            self._no_room(error)
+            return
+        again, self._postponed = self._postponed, []
+        self._handle(self._carry_out(again))
+        if self._trouble and not self._postponed:
+            log.info("the disk has room again")
+            self._trouble = ""
+            self._coordinator.step(ev.Room())
 
     # ── what a message says ─────────────────────────────────────────────────────────────
 
@@ -177,14 +229,15 @@ class Service:
                 self._quotas.chunk(device, len(message.payload))
             case UpTopic(device=device) | DeviceState(device):
                 self._quotas.control(device, now_s=self._clock())
+        if self._postponed and isinstance(place, UpTopic):
+            raise PeerError("no_room", "nothing can be written down now")
         match place:
             case "ctl":
                 return self._command(message)
             case DeviceState(device):
                 return self._presence(device, message.payload)
             case UpTopic(device=device, kind="data"):
-                upload, missing = self._ledger.put_chunk(device, message.payload)
-                return [ev.Chunk(upload, missing)]
+                return self._chunk(device, message.payload)
             case UpTopic(device=device, kind="enrol"):
                 answer = self._registrar.answer(device, message.payload)
                 self._publish(self._topics.down(device, "cfg"), answer)
@@ -193,6 +246,14 @@ class Service:
             case UpTopic(device=device, kind=kind):
                 return self._signed(device, kind, message.payload)
         return []
+
+    def _chunk(self, device: str, chunk: bytes) -> list[ev.Event]:
+        try:
+            upload, missing = self._ledger.put_chunk(device, chunk)
+        except DiskFullError as error:
+            self._no_room(error)
+            return [ev.Refused(chunk_header(chunk).transfer, "busy", _BUSY)]
+        return [ev.Chunk(upload, missing)]
 
     def _signed(self, device: str, kind: str, payload: bytes) -> list[ev.Event]:
         row = self._device(device)
@@ -242,6 +303,9 @@ class Service:
             if answered is not None:
                 self._publish(self._topics.ctl_reply, answered.encode())
                 return []
+        if self._postponed and command.cmd != "status":
+            self._respond(Reply(ok=False, cmd=command.cmd, error=self._trouble))
+            return []
         return [ev.Commanded(command)]
 
     # ── what is to be done ──────────────────────────────────────────────────────────────
@@ -288,6 +352,9 @@ class Service:
     def _begin_upload(self, device: str, init: Init) -> list[ev.Event]:
         try:
             missing = self._ledger.begin_upload(self._device(device), init)
+        except DiskFullError as error:
+            log.warning("cannot take an upload: %s", error)
+            return [ev.Refused(init.upload, "busy", _BUSY)]
         except LocalError as error:
             log.error("cannot take an upload: %s", error)
             return []  # the device asks again after a silence
@@ -353,8 +420,11 @@ class Service:
             )  # fmt: skip
         data = messages.encode_json(reply)
         if reply.id is not None and reply.cmd != "status":
-            with self._ledger.db.transaction() as tx:
-                tx.remember_reply(reply.id, data.decode())
+            try:
+                with self._ledger.db.transaction() as tx:
+                    tx.remember_reply(reply.id, data.decode())
+            except DiskFullError as error:
+                self._no_room(error)  # answered, and carried out again if it is asked again
         self._publish(self._topics.ctl_reply, data)
 
     # ── what lies on the broker ─────────────────────────────────────────────────────────

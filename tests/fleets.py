@@ -131,7 +131,7 @@ class World:
 
     def start_server(self) -> None:
         self.link = self.broker.connect("midge-server", will=Message(TOPICS.srv, b"", True))
-        self.ledger = Ledger(self.home, self.config, clock=self.now)
+        self.ledger = self.make_ledger()
         rounds = self.config.rounds
         rules = Rules(
             target=rounds.target, quorum=rounds.quorum, deadline_s=rounds.deadline_s,
@@ -145,6 +145,9 @@ class World:
         )  # fmt: skip
         self.service.begin()
         self.settle()
+
+    def make_ledger(self) -> Ledger:
+        return Ledger(self.home, self.config, clock=self.now)
 
     def kill_server(self) -> None:
         """Leave everything as it is, as a power cut would."""
