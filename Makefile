@@ -2,12 +2,12 @@
 #
 # Two environments, so that the demo runs on what a fleet installs and nothing else:
 #   .venv      midge and what it runs on, without TensorFlow     demo, bench
-#   .venv-dev  the same, TensorFlow and the tools of the trade   test, check, campaign
+#   .venv-dev  the same, TensorFlow and the tools of the trade   test, check, campaign, soak
 # Each is installed once, and again when pyproject.toml or constraints.txt changes.
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench campaign fuzz clean mosquitto mosquitto-or-fail python
+.PHONY: help demo test check bench campaign fuzz soak clean mosquitto mosquitto-or-fail python
 
 # TensorFlow Lite's lean runtime exists for Python 3.11 and no newer, so that one comes first;
 # then those that the demo was tried on; then whatever there is, if it is new enough.
@@ -50,6 +50,12 @@ campaign: .venv-dev/.ready mosquitto-or-fail  ## run the long random tests that 
 
 fuzz: .venv-dev/.fuzz  ## feed every parser damaged bytes: make fuzz MINUTES=16
 	@.venv-dev/bin/python -m tests.fuzz.run --minutes $(MINUTES) $(ARGS)
+
+# How many seeds `make soak` tries; each is a federation of its own.
+SEEDS ?= 10000
+
+soak: .venv-dev/.ready  ## simulate SEEDS federations, each under faults of its own
+	@.venv-dev/bin/python -m tests.simulation --seeds $(SEEDS) $(ARGS)
 
 clean:  ## remove the environments and caches; fleets and their keys stay
 	rm -rf .venv .venv-dev build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

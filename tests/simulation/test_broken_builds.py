@@ -1,0 +1,147 @@
+"""Builds that break one promise each. The simulation finds every one of them.
+
+Each is the real class with one line gone wrong, as a hurried change might make it.
+"""
+
+import pytest
+
+from device_client import events as device_events
+from device_client.agent import Agent
+from server.events import Accepted
+from server.ledger import Ledger
+from server.service import Service
+from server.store import schema
+from tests.simulation.federation import Federation
+from tests.simulation.machines import Parts
+from tests.simulation.oracle import ViolationError
+from tests.simulation.weather import Weather
+
+SEEDS_MAX = 150
+
+
+class ReceiptBeforeFsync(Ledger):
+    """Writes the receipt down without waiting for the disk to have the update."""
+
+    def _commit(self, effects):
+        held = self._spool.sync
+        self._spool.sync = lambda _: None
+        try:
+            super()._commit(effects)
+        finally:
+            self._spool.sync = held
+
+
+class ReceiptBeforeCommit(Ledger):
+    """Says accepted, and writes it down when there is time."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self._late = []
+
+    def _commit(self, effects):
+        late, self._late = self._late, list(effects)
+        super()._commit(late)
+
+    def close_round(self, summary):
+        self._commit([])
+        return super().close_round(summary)
+
+
+class DedupeOff(Ledger):
+    """Adds an update to the sum each time it is asked to."""
+
+    def accept(self, effects):
+        results = super().accept(effects)
+        for effect in effects:
+            if Accepted(effect.init.upload) in results:
+                self._add(effect.init)
+        return results
+
+
+class DedupeOffAfterRestart(Ledger):
+    """After a restart counts whatever is complete in the spool, receipt or no receipt."""
+
+    def begin_upload(self, device, init):
+        missing = super().begin_upload(device, init)
+        if not missing:
+            self._add(init)
+        return missing
+
+
+class AnnouncedBeforeWritten(Service):
+    """Announces a round, then writes it down."""
+
+    def _open_round(self, effect):
+        ledger, transaction = self._ledger, self._ledger.db.transaction
+        signed = []
+
+        def announced_first():
+            self._announce(signed[0])
+            return transaction()
+
+        sign = ledger.sign
+
+        def kept(announcement):
+            signed.append(sign(announcement))
+            ledger.db.transaction = announced_first
+            return signed[-1]
+
+        ledger.sign = kept
+        try:
+            return super()._open_round(effect)
+        finally:
+            ledger.sign, ledger.db.transaction = sign, transaction
+
+
+class NonceReuse(Agent):
+    """Seals each attempt of an upload under the key of the first."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self._random = lambda length: b"\x07" * length
+
+
+class RememberedAfterActing(Agent):
+    """Speaks of a round, and writes it down at the end of the turn."""
+
+    def _perform(self, effect):
+        if isinstance(effect, device_events.Remember):
+            self._later = effect
+            return []
+        return super()._perform(effect)
+
+    def turn(self, event):
+        super().turn(event)
+        later = self.__dict__.pop("_later", None)
+        if later is not None:
+            super()._perform(later)
+
+
+class KeyKept(Ledger):
+    """Keeps the key of a round that is over."""
+
+    def close_round(self, summary):
+        key = self._open.key.seed
+        found = super().close_round(summary)
+        with self.db.transaction() as tx:
+            tx._change(schema.rounds, {"number": summary.round}, {"round_key": key})
+        return found
+
+
+BROKEN = [
+    ("receipt before fsync", Parts(ledger=ReceiptBeforeFsync), "has a receipt and cannot be read"),
+    ("receipt before commit", Parts(ledger=ReceiptBeforeCommit), "has a receipt"),
+    ("dedupe off", Parts(ledger=DedupeOff), "exact mean"),
+    ("dedupe off after a restart", Parts(ledger=DedupeOffAfterRestart), "exact mean"),
+    ("nonce reuse", Parts(agent=NonceReuse), "nonce was used twice"),
+    ("announced before written", Parts(service=AnnouncedBeforeWritten), "opened in two ways"),
+    ("remembered after acting", Parts(agent=RememberedAfterActing), "it may forget"),
+    ("key kept", Parts(ledger=KeyKept), "outlived"),
+]
+
+
+@pytest.mark.parametrize(("parts", "sentence"), [b[1:] for b in BROKEN], ids=[b[0] for b in BROKEN])
+def test_a_broken_build_is_caught(parts: Parts, sentence: str) -> None:
+    with pytest.raises(ViolationError, match=sentence):
+        for seed in range(SEEDS_MAX):
+            Federation(Weather.of(seed), parts).run()
