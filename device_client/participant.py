@@ -17,7 +17,8 @@ from dataclasses import replace
 from enum import Enum
 from typing import Literal
 
-from broker_bridge.wire.chunks import missing_in
+from broker_bridge.limits import LIMITS
+from broker_bridge.wire.chunks import CHUNK_OVERHEAD_BYTES, missing_in
 from broker_bridge.wire.lottery import drawn
 from broker_bridge.wire.messages import (
     Ack,
@@ -127,6 +128,8 @@ class Participant:
                 return self._tick()
             case LinkUp():
                 self._limits, self._connected, self._tries = event, True, 0
+                if self.state is State.UPLOADING:
+                    return self._upload()
                 return self._ask_again() if self.state in _ASKING else []
             case LinkDown():
                 self._connected = False
@@ -362,7 +365,26 @@ class Participant:
 
     def _upload(self) -> list[Effect]:
         self.state, self._tries = State.UPLOADING, 0
+        if self._too_large_by_now:
+            return self._begin_anew()
         return self._ask_again()  # the commit first; the answer says which chunks to send
+
+    @property
+    def _too_large_by_now(self) -> bool:
+        """Whether the broker takes smaller packets than the update was cut for."""
+        if self._outbox is None or self._limits.packet_bytes_max == 0:
+            return False
+        body_bytes = min(self._outbox.body_bytes, self._outbox.total_bytes)
+        packet_bytes = body_bytes + CHUNK_OVERHEAD_BYTES + LIMITS.packet_overhead_bytes
+        return packet_bytes > self._limits.packet_bytes_max
+
+    def _begin_anew(self) -> list[Effect]:
+        """Give up this attempt and join again: what is sealed is never cut another way."""
+        assert self._outbox is not None  # noqa: S101 - there is one that is too large
+        given_up = Discard(self._outbox.upload)
+        self._outbox, self.state = None, State.JOINING
+        self._to_send.clear()
+        return [given_up, *self._ask_again()]
 
     def _needed(self, need: Need) -> list[Effect]:
         if not self._is_ours(need.upload) or self._outbox is None:

@@ -130,6 +130,7 @@ class PahoSession(QueuedLink):
                          send_queue_bytes_max=settings.send_queue_bytes_max)
         self._settings = settings
         self._failure: Failure | None = None
+        self._is_old = False            # the broker said that it does not speak MQTT 5
         self._delay_s = settings.backoff_first_s
 
     # ── One connection, step by step ────────────────────────────────────────────────────
@@ -211,6 +212,10 @@ class PahoSession(QueuedLink):
                                                                        greeted=greeted)
         if not greeted and self._choose_protocol(failure):
             return 0.0
+        if greeted and not self._is_old and self._settings.protocol == "auto":
+            # A broker that was just going down may have hung up on MQTT 5, too. Only that
+            # tells how large a packet may be, so it is tried first each time.
+            self._protocol = "5.0"
         self._report(failure)
         # A connection that outlived the wait before it was a success. One that did not
         # (two clients of one name throwing each other out) must not start again at once.
@@ -366,6 +371,7 @@ class PahoSession(QueuedLink):
     def _why_refused(self, reason: ReasonCode) -> Failure:
         where = f"{self._settings.host}:{self._settings.port}"
         if reason.value in _UNSUPPORTED_VERSION:
+            self._is_old = self._protocol == "5.0"
             return Failure(f"the broker at {where} does not speak MQTT {self._protocol}",
                            try_older_mqtt=True)
         return Failure(f"the broker at {where} would not let {self._settings.client_id!r} in: "

@@ -391,6 +391,17 @@ def test_many_reconnects_cost_no_update() -> None:
     assert made.state is State.UPLOADING
 
 
+def test_an_update_cut_for_larger_packets_than_the_broker_takes_now_is_made_anew() -> None:
+    made = at(State.UPLOADING)
+    discard, join = made.step(LinkUp(1100, 20))
+    assert discard == Discard(UPLOAD)
+    assert isinstance(join.message, Join)
+    assert join.message.packet_bytes_max == 1100
+    assert made.step(go_for(ROUND, b"upload-2")) == [Fetch("model", MODEL)]
+    made.step(Fetched("model", MODEL.digest))
+    assert kinds(made.step(Trained(1))) == [Seal]
+
+
 def test_a_server_that_never_answers_is_given_up() -> None:
     made = at(State.JOINING, opening(deadline_s=1e9))
     now, sent = 1.0, 0

@@ -105,6 +105,26 @@ def test_a_line_cut_again_and_again_loses_nothing_in_either_direction(
         reader.close()
 
 
+class HangsUpOnce(Proxy):
+    """Ends the first connection without a word, as a broker does that is going down."""
+
+    def _accept(self):
+        self.blocked = not hasattr(self, "was_blocked")
+        self.was_blocked = True
+        super()._accept()
+
+
+def test_a_broker_that_was_going_down_is_not_taken_for_an_old_one_for_ever(plain_broker, links):
+    """MQTT 3.1.1 does not tell how large a packet may be: one too large would go round for ever."""
+    broker = plain_broker("max_packet_size 2000")
+    with HangsUpOnce(broker.port) as proxy:
+        link = links(proxy.port, "a")
+        assert event_of(link, Connected).limits.protocol == "3.1.1"
+        proxy.cut()
+        limits = event_of(link, Connected).limits
+        assert (limits.protocol, limits.packet_bytes_max) == ("5.0", 2000)
+
+
 # ------------------------------------------------------------------ the line stalls
 
 
