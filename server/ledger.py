@@ -441,9 +441,7 @@ class Ledger:
             return
         self._spool.sync([e.init.upload for e in effects])
         with self.db.transaction() as tx:
-            for effect in effects:
-                tx.add_receipt(self._receipt(effect.device, effect.init, "accepted"))
-                tx.device_seen(effect.device, self._clock(), round=effect.init.round)
+            tx.add_accepted([self._receipt(e.device, e.init, "accepted") for e in effects])
 
     def _receipt(
         self, device: str, init: Init, status: rows.ReceiptStatus, reason: str = ""

@@ -49,6 +49,9 @@ log = logging.getLogger("midge.server")
 
 _BUSY = "the server has no room for updates now"
 _COMMIT_MAX = 64  # updates that share one fsync
+_TAKEN_MAX = 256  # messages before we look at the time again
+_DEVICE_KNOWN_S = 10.0  # how long a revoked device may still be heard
+_DEVICES_KNOWN_MAX = 20_000
 _REPEAT_BLOB_S = 5.0  # a blob that many devices miss is retained again once, not for each
 _REJECTS_KINDS_MAX = 200
 _ROOM_S = 1.0  # how often to look whether the disk has room
@@ -89,6 +92,8 @@ class Service:
         self._results: queue.SimpleQueue[ev.Event] = queue.SimpleQueue()
         self._blob_at: dict[str, float] = {}
         self._retained: dict[str, int] = {}
+        self._sign = ledger.keys.sign  # made once: it takes as long as a signature
+        self._known: dict[str, tuple[rows.Device, float]] = {}
         self._announced: bytes | None = None  # signed, of the round that is open or was last
         self._summed_up: bytes | None = None  # what `metrics` says
         self._laid_out = False
@@ -126,7 +131,7 @@ class Service:
             self._take(waiting)
             taken += 1
             # Take what is already here before committing: many updates share one fsync.
-            waiting = self._link.receive(timeout_s=0) if taken < LIMITS.inflight_max else None
+            waiting = self._link.receive(timeout_s=0) if taken < _TAKEN_MAX else None
         while not self._results.empty():
             self._handle([self._results.get()])
         self._accept()
@@ -240,6 +245,7 @@ class Service:
                 return self._chunk(device, message.payload)
             case UpTopic(device=device, kind="enrol"):
                 answer = self._registrar.answer(device, message.payload)
+                self._known.pop(device, None)
                 self._publish(self._topics.down(device, "cfg"), answer)
                 log.info("enrolment of %s answered", device)
                 return []
@@ -274,8 +280,16 @@ class Service:
         return self._ledger.upload_ids(device) if self._ledger.has_open_round else ()
 
     def _device(self, name: str) -> rows.Device:
-        with self._ledger.db.reading() as tx:
-            device = tx.device(name)
+        """An enrolled device. What was read a moment ago is not read again for each message."""
+        now = self._clock()
+        device, until_s = self._known.get(name, (None, 0.0))
+        if now >= until_s:
+            with self._ledger.db.reading() as tx:
+                device = tx.device(name)
+            if len(self._known) >= _DEVICES_KNOWN_MAX:
+                self._known.clear()
+            if device is not None:  # nor can strangers fill it with names
+                self._known[name] = device, now + _DEVICE_KNOWN_S
         if device is None:
             raise PeerError("unknown_device", f"no device {name!r} is enrolled")
         if device.status != "enrolled":
@@ -346,7 +360,7 @@ class Service:
     def _send(self, device: str, message: Go | Busy | Need | Ack) -> None:
         kind = {"Go": "go", "Busy": "go", "Need": "need", "Ack": "ack"}[type(message).__name__]
         scope = f"{self._coordinator.federation}/{device}"
-        signed = messages.signed(self._ledger.keys.sign, kind, scope, message)
+        signed = messages.signed(self._sign, kind, scope, message)
         self._publish(self._topics.down(device, kind), signed)
 
     def _begin_upload(self, device: str, init: Init) -> list[ev.Event]:

@@ -33,6 +33,7 @@ class PahoLink(PahoSession):
         self._wake_read, self._wake_write = socket.socketpair()
         self._wake_read.setblocking(False)
         self._wake_write.setblocking(False)
+        self._poked = False
         self._thread = threading.Thread(target=self._run, name="midge-link", daemon=True)
 
     @classmethod
@@ -154,12 +155,17 @@ class PahoLink(PahoSession):
             events = {key.fileobj: mask for key, mask in selector.select(wait_s)}
             if self._wake_read in events:
                 self._wake_read.recv(4096)
+                self._poked = False     # before the queues are looked at: no poke gets lost
             ready = events.get(sock, 0)
             self._work(this, readable=bool(ready & selectors.EVENT_READ) or undelivered,
                        writable=bool(ready & selectors.EVENT_WRITE))
 
     def _poke(self) -> None:
-        # A full pipe wakes the thread just as well, and a closed one needs no waking.
+        # One is enough until the thread has looked: each costs a system call, and often a
+        # change of threads. A full pipe wakes just as well, a closed one needs no waking.
+        if self._poked:
+            return
+        self._poked = True
         try:
             self._wake_write.send(b"\0")
         except (BlockingIOError, OSError):

@@ -6,9 +6,10 @@ that never changes, one accepted update per device and round. Breaking one of th
 bug of ours (ValueError), but for the last, which a device can provoke (PeerError).
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict
 
-from sqlalchemy import func, insert, select, update
+from sqlalchemy import bindparam, func, insert, select, update
 
 from broker_bridge.errors import PeerError
 from server.store import schema
@@ -121,6 +122,28 @@ class RoundQueries(Queries):
         if receipt.status == "accepted":
             self._refuse_second(receipt.round, receipt.device)
         self._sql.execute(insert(schema.receipts).values(asdict(receipt)))
+
+    def add_accepted(self, receipts: Sequence[Receipt]) -> None:
+        """Note updates of one round that are on disk and in the sum, all in three statements.
+
+        Raises PeerError `already_counted` when one of their devices has an accepted update.
+        """
+        if not receipts:
+            return
+        c, devices = schema.receipts.c, [each.device for each in receipts]
+        query = select(c.device).where(
+            c.round == receipts[0].round, c.status == "accepted", c.device.in_(devices)
+        )
+        twice = set(self._sql.scalars(query)) or len(set(devices)) < len(devices)
+        if twice:
+            raise PeerError("already_counted", "a device already has an update in this round")
+        self._sql.execute(insert(schema.receipts), [asdict(each) for each in receipts])
+        d = schema.devices.c
+        seen = update(schema.devices).where(d.name == bindparam("of"))
+        self._sql.execute(
+            seen.values(last_seen=bindparam("at"), last_round=bindparam("in_round")),
+            [{"of": each.device, "at": each.at, "in_round": each.round} for each in receipts],
+        )
 
     def receipt(self, upload: bytes) -> Receipt | None:
         """What became of this upload."""
