@@ -1,5 +1,6 @@
 """`midge-device`: the command on the device. Enrol once, then run."""
 
+import contextlib
 import json
 import random
 import sys
@@ -24,6 +25,7 @@ from device_client import identity as identities
 from device_client.agent import Agent
 from device_client.config import EXAMPLE, DeviceConfig
 from device_client.data import load_samples
+from device_client.doctor import doctor
 from device_client.enrolment import enrol
 from device_client.identity import Identity
 from device_client.journal import Journal
@@ -118,7 +120,8 @@ def run(
         )
     stopped = stop_on_signals()  # from here on: until now there was nothing to end in order
     if not (folder / "device.toml").exists():
-        (folder / "device.toml").write_text(EXAMPLE)
+        with contextlib.suppress(OSError):  # it is for reading; a full disk stops nobody
+            (folder / "device.toml").write_text(EXAMPLE)
     _run(identity, folder, settings, stopped.is_set)
 
 
@@ -259,6 +262,9 @@ def _host_port(broker: str | None) -> tuple[str | None, int | None]:
     if not host or not port.isdecimal():
         raise click.BadParameter("write HOST:PORT, for example 192.168.1.10:8883")
     return host, int(port)
+
+
+device.add_command(doctor)
 
 
 def main() -> None:

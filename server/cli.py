@@ -35,6 +35,7 @@ from broker_bridge.wire.topics import SERVER, DeviceState, Topics
 from server import screen
 from server.config import ServerConfig
 from server.coordinator import Coordinator
+from server.doctor import doctor
 from server.events import Rules
 from server.fleet.enrolment import TOKEN_HOURS, Registrar, add_device
 from server.fleet.home import Home, create
@@ -550,6 +551,7 @@ def host_port(address: str) -> tuple[str, int]:
 
 midge.add_command(task)
 midge.add_command(simulate)
+midge.add_command(doctor)
 
 
 def main() -> None:

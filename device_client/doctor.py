@@ -1,0 +1,192 @@
+"""`midge-device doctor`: look at this device, its data and its broker, and say what to change.
+
+Looks, and changes nothing but what every start of `run` does (a damaged outbox is thrown
+away, PEM files are written again). It may run beside `midge-device run`, whose connection it
+leaves alone. The samples are loaded as `run` would load them, and go nowhere. See
+`broker_bridge.checkup` for the levels.
+"""
+
+import contextlib
+import logging
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+import click
+
+from broker_bridge import checkup
+from broker_bridge.checkup import Finding, guarded
+from broker_bridge.config import load_config
+from broker_bridge.disk import disk_errors
+from broker_bridge.errors import LocalError, MidgeError
+from broker_bridge.link.inspection import Broker, certificate, certificate_dates
+from broker_bridge.task.runtime import TaskRuntime
+from broker_bridge.task.taskfile import Plan, decode_plan
+from broker_bridge.wire.topics import Topics
+from device_client import identity as identities
+from device_client.config import DeviceConfig
+from device_client.data import load_samples
+from device_client.identity import Identity
+from device_client.journal import Journal
+from device_client.outbox import Outbox
+
+__all__ = ["doctor", "examine"]
+
+_ENROL = "on the server: `midge device add NAME`; here: `midge-device enrol NAME.bundle`"
+
+
+@click.command()
+@click.option(
+    "--dir", "folder", type=click.Path(path_type=Path, file_okay=False), envvar="MIDGE_DEVICE_DIR",
+    default=Path("/var/lib/midge-device"), show_default=True,
+    help="The folder with this device's keys and state.",
+)  # fmt: skip
+@click.option("--data", help="The samples, as for `run`; default: as in device.toml.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, for scripts.")
+def doctor(folder: Path, data: str | None, as_json: bool) -> None:
+    """Check this device and say what to change.
+
+    Exit code: 0 all is well, 1 warnings only, 2 problems.
+
+    \b
+    Example:
+      midge-device doctor --dir ./ward-3 --data npz:samples.npz
+    """
+    if not folder.is_dir():
+        raise LocalError(f"there is no folder {folder}; say --dir, or enrol this device")
+    logging.getLogger("broker_bridge").addHandler(logging.NullHandler())  # we tell it ourselves
+    now = datetime.fromtimestamp(time.time(), UTC)
+    findings = list(examine(folder, now, data=data))
+    checkup.show(findings, as_json=as_json)
+    click.get_current_context().exit(checkup.exit_code(findings))
+
+
+def examine(folder: Path, now: datetime, *, data: str | None = None) -> Iterator[Finding]:
+    """Every check, in the order in which one would put things right. `now` is UTC."""
+    identity: Identity | None = None
+    broken: list[Finding] = []
+    try:
+        identity = identities.load(folder)
+    except MidgeError as error:
+        broken = [Finding("enrolment", "problem", str(error), _ENROL)]
+    yield from checkup.clock(now, made=_made(identity))
+    yield from guarded("disk", lambda: checkup.disk(folder))
+    yield from checkup.versions(runtime_needed=True)
+    yield from guarded("secrets", lambda: checkup.secrets(_secrets(folder)))
+    try:
+        settings = _settings(folder)
+        yield Finding("settings", "ok", "understood")
+    except MidgeError as error:
+        settings = None
+        yield Finding("settings", "problem", str(error), "correct device.toml")
+    yield from broken or _enrolment(folder, identity)
+    yield from guarded("rounds", lambda: _rounds(folder))
+    if settings is not None:
+        source = data or settings.data
+        yield from guarded("data", lambda: _data(folder, source))
+    if identity is not None:
+        yield from _broker(folder, identity, settings or DeviceConfig(), now)
+
+
+def _made(identity: Identity | None) -> datetime | None:
+    """When the federation's CA began to be valid."""
+    if identity is not None:
+        with contextlib.suppress(LocalError):
+            return certificate_dates(identity.ca_pem.encode())[0]
+    return None
+
+
+def _secrets(folder: Path) -> Iterator[Path]:
+    yield folder / "identity.json"
+    yield folder / "enrolling.json"
+    yield folder / "tls" / "device.key"
+    yield folder / "tls-bootstrap" / "device.key"
+    yield folder / "outbox" / "update.sealed"
+
+
+def _settings(folder: Path) -> DeviceConfig:
+    path = folder / "device.toml"
+    return load_config(path, DeviceConfig) if path.exists() else DeviceConfig()
+
+
+def _enrolment(folder: Path, identity: Identity | None) -> Iterator[Finding]:
+    if identity is not None:
+        yield Finding(
+            "enrolment", "ok", f"{identity.scope}, fingerprint {identity.keys.fingerprint}"
+        )
+    elif (folder / "enrolling.json").exists():
+        yield Finding(
+            "enrolment",
+            "problem",
+            "begun and never answered",
+            "run `midge-device enrol` again with the same bundle",
+        )
+    else:
+        yield Finding("enrolment", "problem", f"{folder} holds no enrolled device", _ENROL)
+
+
+def _rounds(folder: Path) -> Iterator[Finding]:
+    memory = Journal(folder).memory()
+    state = "done" if memory.done else "not done"
+    seen = f"the highest seen is {memory.round} ({state})" if memory.round else "none seen yet"
+    yield Finding("rounds", "ok", seen)
+    if not (folder / "outbox").is_dir():
+        return
+    waiting = Outbox(folder / "outbox").load()
+    yield Finding(
+        "outbox",
+        "ok",
+        "empty"
+        if waiting is None
+        else f"an update of round {waiting.round}, {waiting.total_bytes:,} bytes, waits",
+    )
+
+
+def _data(folder: Path, source: str) -> Iterator[Finding]:
+    if not source:
+        yield Finding(
+            "data",
+            "warning",
+            "device.toml names no data source",
+            "set data there, or start `midge-device run` with --data",
+        )
+        return
+    plan = _cached_task(folder)
+    if plan is None:
+        yield Finding("data", "ok", f"{source}; no task was fetched yet, so it was not tried")
+        return
+    samples = load_samples(source, plan.task)
+    runtime = TaskRuntime(plan)
+    yield Finding(
+        "data",
+        "ok",
+        f"{len(samples)} samples fit the task {plan.task.name!r}, which "
+        f"loads in {runtime.runtime_name}",
+    )
+
+
+def _cached_task(folder: Path) -> Plan | None:
+    """The task that was fetched last."""
+    with disk_errors(folder / "tasks"):
+        found = sorted((folder / "tasks").glob("*.plan"), key=lambda path: path.stat().st_mtime)
+        return decode_plan(found[-1].read_bytes()) if found else None
+
+
+def _broker(
+    folder: Path, identity: Identity, settings: DeviceConfig, now: datetime
+) -> Iterator[Finding]:
+    tls = identities.tls_files(folder, identity)
+    for name, path in (("ca", tls.ca), ("device", tls.certificate or tls.ca)):
+        yield from certificate(f"cert {name}", path, now, renew=_ENROL)
+    broker = Broker(
+        settings.broker_host or identity.broker_host,
+        settings.broker_port or identity.broker_port,
+        tls,
+    )
+    reached = list(guarded("broker", broker.reach))
+    yield from reached
+    if any(finding.level == "problem" for finding in reached):
+        return
+    round_topic = Topics(identity.federation).round
+    yield from guarded("access rules", lambda: broker.access(forbidden=round_topic))
