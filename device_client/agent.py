@@ -5,6 +5,7 @@ workbench, so that the broker is answered while it goes on.
 What a message says is believed only after its signature was verified, here.
 """
 
+import contextlib
 import logging
 import math
 import time
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from broker_bridge.disk import DiskFullError
 from broker_bridge.errors import LinkError, LocalError, PeerError
 from broker_bridge.link.base import Connected, Disconnected, Link, LinkEvent, Message
 from broker_bridge.task.taskfile import Plan
@@ -53,6 +55,7 @@ _PRESENCE: dict[State, Literal["ready", "training", "uploading"]] = {
     State.UPLOADING: "uploading",
 }
 _DETAIL_CHARS_MAX = 500  # what `Presence` takes; the log has the whole sentence
+_ROOM_S = 5.0  # how often to look whether a full disk has room again
 _DOWN = {"go": Go | Busy, "need": Need, "ack": Ack}
 
 
@@ -97,14 +100,10 @@ class Agent:
             disk=journal.disk,
         )
         self._outbox = Outbox(journal.folder / "outbox", disk=journal.disk)
-        self._participant = Participant(
-            identity.device,
-            memory=journal.memory(),
-            samples=0,
-            role=role,
-            fleet_epoch=identity.fleet_epoch,
-            draw=draw,
-        )
+        self._role: Literal["train", "evaluate"] = role
+        self._draw = draw
+        self._participant = self._as_after_a_power_cut()
+        self._room_at_s: float | None = None  # when to look whether a full disk has room again
         self._shard = 0
         self._shown: Presence | None = None
         self._collecting: dict[str, _Collected] = {}
@@ -114,6 +113,17 @@ class Agent:
     def state(self) -> State:
         """Where this device is in a round. While IDLE, only a message can change anything."""
         return self._participant.state
+
+    def _as_after_a_power_cut(self) -> Participant:
+        """The participant that the disk remembers."""
+        return Participant(
+            self.identity.device,
+            memory=self._journal.memory(),
+            samples=self._bench.samples,
+            role=self._role,
+            fleet_epoch=self.identity.fleet_epoch,
+            draw=self._draw,
+        )
 
     # ── the loop ────────────────────────────────────────────────────────────────────────
 
@@ -143,15 +153,43 @@ class Agent:
 
     def turn(self, event: LinkEvent | None) -> None:
         """One turn: what came over the link, what the worker finished, and the time."""
+        try:
+            self._look_for_room()
+            self._work(event)
+        except DiskFullError as error:
+            self._no_room(error)
+        if isinstance(event, Message):
+            self._link.ack(event)
+        self._show_state()
+
+    def _work(self, event: LinkEvent | None) -> None:
         happened: list[ev.Event] = [ev.Tick(self._clock())]
         if event is not None:
             happened += self._understand(event)
         happened += self._bench.background.finished()
         self._handle(happened)
         self._handle([ev.Room(self._link.room())])
-        if isinstance(event, Message):
-            self._link.ack(event)
-        self._show_state()
+
+    def _no_room(self, error: DiskFullError) -> None:
+        """A step could not be written down: stand as after a power cut, until there is room."""
+        if self._room_at_s is None:
+            log.error("%s", error)
+        self._room_at_s = self._clock() + _ROOM_S
+        self._stop("the disk is full")
+        self._participant = self._as_after_a_power_cut()
+        self._participant.detail = str(error)
+        self._participant.step(ev.Tick(self._clock()))
+        limits = self._link.limits
+        self._participant.step(ev.LinkUp(limits.packet_bytes_max, limits.inflight_max))
+
+    def _look_for_room(self) -> None:
+        """Take part again once there is: what was retained is sent to us again."""
+        if self._room_at_s is None or self._clock() < self._room_at_s:
+            return
+        self._journal.remember(self._participant.memory)
+        log.info("the disk has room again")
+        self._room_at_s, self._participant.detail = None, ""
+        self.begin()
 
     def _handle(self, happened: Iterable[ev.Event]) -> None:
         todo = deque(happened)
@@ -185,6 +223,8 @@ class Agent:
             case Disconnected(reason):
                 log.warning("connection lost: %s", reason)
                 return [ev.LinkDown()]
+            case Message() if self._room_at_s is not None:
+                return []  # nothing is begun that could not be written down
             case Message():
                 try:
                     return self._read(event)
@@ -380,7 +420,8 @@ class Agent:
         if presence == self._shown:
             return
         self._shown = presence
-        self._journal.show(presence)
+        with contextlib.suppress(DiskFullError):
+            self._journal.show(presence)
         try:
             topic = self._topics.state(self.identity.device)
             self._link.publish(topic, messages.encode_json(presence), retain=True)

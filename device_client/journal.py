@@ -1,10 +1,11 @@
 """What a device writes down beside its identity: rounds seen, and how often it started."""
 
+import contextlib
 from pathlib import Path
 
 import msgspec
 
-from broker_bridge.disk import REAL_DISK, Disk, disk_errors, write_atomic
+from broker_bridge.disk import REAL_DISK, Disk, DiskFullError, disk_errors, write_atomic
 from broker_bridge.errors import LocalError
 from broker_bridge.wire import messages
 from broker_bridge.wire.messages import Presence
@@ -53,7 +54,8 @@ class Journal:
         """Count one more start of the process, and say which it is."""
         text = self._read(self._boots) or b"0"
         number = int(text) + 1 if text.isdigit() and len(text) < 16 else 1  # else: damage
-        write_atomic(self._boots, str(number).encode(), disk=self.disk)
+        with contextlib.suppress(DiskFullError):  # a number twice is better than no device
+            write_atomic(self._boots, str(number).encode(), disk=self.disk)
         return number
 
     def _read(self, path: Path) -> bytes | None:

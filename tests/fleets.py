@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from broker_bridge.disk import REAL_DISK, Disk
 from broker_bridge.link.base import Message
 from broker_bridge.link.local_broker import LocalBroker, free_port
 from broker_bridge.link.memory_link import MemoryBroker
@@ -227,13 +228,13 @@ class World:
         self.settle()
         return hand
 
-    def agent(self, name: str, *, data: str, role: str = "train") -> Agent:
+    def agent(self, name: str, *, data: str, role: str = "train", disk: Disk = REAL_DISK) -> Agent:
         """A whole device in this process; also one that was there before, after a restart."""
         identity = identities.load(self.folder / name) or self.enrol(name)
         agent = Agent(
             identity,
             self.broker.connect(name),
-            journal=Journal(self.folder / name),
+            journal=Journal(self.folder / name, disk=disk),
             load=lambda plan: Trainer(TaskRuntime(plan), load_samples(data, plan.task)),
             role=role,
             boot=1,
