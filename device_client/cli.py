@@ -1,7 +1,6 @@
 """`midge-device`: the command on the device. Enrol once, then run."""
 
 import contextlib
-import contextlib
 import json
 import random
 import sys
@@ -122,7 +121,6 @@ def run(
     stopped = stop_on_signals()  # from here on: until now there was nothing to end in order
     if not (folder / "device.toml").exists():
         with contextlib.suppress(OSError):  # it is for reading; a full disk stops nobody
-            with contextlib.suppress(OSError):  # it is for reading; a full disk stops nobody
             (folder / "device.toml").write_text(EXAMPLE)
     _run(identity, folder, settings, stopped.is_set)
 
