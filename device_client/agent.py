@@ -55,6 +55,7 @@ _PRESENCE: dict[State, Literal["ready", "training", "uploading"]] = {
     State.UPLOADING: "uploading",
 }
 _DETAIL_CHARS_MAX = 500  # what `Presence` takes; the log has the whole sentence
+_LASTS_S = 0.5  # how long a state must last to be worth telling the broker and the disk
 _ROOM_S = 5.0  # how often to look whether a full disk has room again
 _DOWN = {"go": Go | Busy, "need": Need, "ack": Ack}
 
@@ -105,7 +106,9 @@ class Agent:
         self._participant = self._as_after_a_power_cut()
         self._room_at_s: float | None = None  # when to look whether a full disk has room again
         self._shard = 0
-        self._shown: Presence | None = None
+        self._shown: Presence | None = None  # None: the broker does not know us yet
+        self._present: Presence | None = None
+        self._present_since_s = 0.0
         self._collecting: dict[str, _Collected] = {}
         self._was_connected = False
 
@@ -405,16 +408,20 @@ class Agent:
     # ── presence ────────────────────────────────────────────────────────────────────────
 
     def _show_state(self) -> None:
+        """Show a state that lasts. In a short round the next comes before anyone could look."""
         person = self._participant
-        self._show(
-            Presence(
-                state=_PRESENCE[person.state],
-                boot=self._boot,
-                role=person.role,
-                round=person.round,
-                detail=person.detail[:_DETAIL_CHARS_MAX] if person.state is State.IDLE else "",
-            )
+        present = Presence(
+            state=_PRESENCE[person.state],
+            boot=self._boot,
+            role=person.role,
+            round=person.round,
+            detail=person.detail[:_DETAIL_CHARS_MAX] if person.state is State.IDLE else "",
         )
+        now_s = self._clock()
+        if present != self._present:
+            self._present, self._present_since_s = present, now_s
+        if self._shown is None or now_s - self._present_since_s >= _LASTS_S:
+            self._show(present)
 
     def _show(self, presence: Presence) -> None:
         if presence == self._shown:

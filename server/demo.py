@@ -52,6 +52,7 @@ class Traffic:
     summaries: list[RoundSummary] = field(default_factory=list)
     server_online: bool = False
     joined: set[str] = field(default_factory=set)
+    sealed_by: set[str] = field(default_factory=set)
     done: set[str] = field(default_factory=set)
 
     def take(self, message: Message) -> None:
@@ -67,6 +68,8 @@ class Traffic:
                 self.sealed.append(message.payload)
                 if kind == "join":
                     self.joined.add(device)
+                if kind == "init":
+                    self.sealed_by.add(device)
             case DownTopic(device=device, kind=kind):
                 self.down[device] += size
                 if kind == "ack":
@@ -78,7 +81,7 @@ class Traffic:
                 self.states[device] = messages.decode_json(message.payload, Presence)
             case "metrics" if not message.retained:
                 self.summaries.append(messages.decode_json(message.payload, RoundSummary))
-                self.joined, self.done = set(), set()
+                self.joined, self.sealed_by, self.done = set(), set(), set()
             case "srv":
                 self.server_online = b'"online"' in message.payload
 
@@ -284,7 +287,7 @@ def _rounds(
             round_number=(last.round + 1) if last else 1,
             rounds=rounds,
             joined=len(traffic.joined),
-            training=traffic.count("training"),
+            training=len(traffic.joined - traffic.sealed_by),
             uploaded=len(traffic.done),
             accuracy=(last.evaluation.get("accuracy") if last else None),
             sent_bytes=traffic.bytes_total,

@@ -126,7 +126,7 @@ def test_a_device_killed_in_mid_upload_sends_only_what_is_missing(fleets):
     with Narrow(fleet.port) as line:
         first = fleet.device("ann", "--broker", f"127.0.0.1:{line.port}")
         recorder.wait_for_json(TOPICS.state("ann"), state="ready")
-        line.left = 30_000
+        line.left = 60_000  # one window of chunks goes through, the next does not
         fleet.start_run(rounds=1)
         wait_until(lambda: line.stalled, "the line goes dead in mid upload")
         first.kill()
