@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from broker_bridge.link.base import Message
+from broker_bridge.link.base import LinkLimits, Message
 from broker_bridge.wire.enrolment import sign_server_identity
 from broker_bridge.wire.envelope import KemKey, SignKey
 from broker_bridge.wire.messages import ServerIdentity
@@ -17,7 +17,7 @@ from server.fleet.home import ServerKeys
 from server.store.rows import Device as DeviceRow
 from tests.simulation.disk import SimulatedDatabase
 from tests.simulation.machines import DEADLINE_S, FEDERATION, Device, Machine, Parts, Server
-from tests.simulation.network import WatchedBroker
+from tests.simulation.network import PACKET_BYTES, WatchedBroker
 from tests.simulation.oracle import Oracle, ViolationError, demand
 from tests.simulation.weather import YEAR_S, Weather
 from tests.simulation.work import Trainings
@@ -52,6 +52,7 @@ class Operator:
         self._command = command
         self._ask_at_s = start_s
         self._attempt = 0
+        self.resume_at_s = 1e9
         self.answered = False
 
     def turn(self) -> bool:
@@ -63,7 +64,13 @@ class Operator:
             self._ask_at_s = self._broker.now_s + 5.0
             data = json.dumps(self._command | {"id": f"start-{self._attempt}"}).encode()
             self._link.publish(self._topics.ctl, data)
+        if self._broker.now_s >= self.resume_at_s:
+            self.resume_at_s = 1e9
+            self.say("resume")
         return event is not None
+
+    def say(self, command: str) -> None:
+        self._link.publish(self._topics.ctl, json.dumps({"cmd": command}).encode())
 
     def _hear(self, reply: dict[str, object]) -> None:
         if reply.get("id") != f"start-{self._attempt}":
@@ -135,6 +142,7 @@ class Federation:
         if not self._calm and now_s >= self.weather.until_s:
             self._calm = True
             self.broker.calm()
+            self.operator.resume_at_s = now_s + 5.0
         last = self.server.ended[-1] if self.server.ended else "nothing"
         demand(now_s < self._patience_s, f"it goes on long after the last fault; {last}")
 
@@ -154,6 +162,12 @@ class Federation:
                 machine.link.drop(away_s=self.draw.uniform(0, 20))
             case "kill" | "power" if machine.is_up:
                 machine.crash(event, power=event == "power")
+            case "pause" | "resume":
+                self.operator.say(event)
+            case "limits":
+                packet_bytes = self.draw.choice((1300, PACKET_BYTES, 4096))
+                self.broker.limits = LinkLimits(packet_bytes, 20)
+                self.broker.leave(1.0, keep=self.draw.random() < 0.5)
             case "replay":
                 self.broker.replay()
             case "clock":

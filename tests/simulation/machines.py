@@ -9,11 +9,11 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
-from broker_bridge.disk import write_atomic
+from broker_bridge.disk import DiskFullError, write_atomic
 from broker_bridge.errors import LocalError
 from broker_bridge.link.base import Message
 from broker_bridge.link.memory_link import MemoryLink
@@ -179,7 +179,7 @@ class Server(Machine):
         db = self.database.database
         self.ledger = self.parts.ledger(
             self.home, self.config, clock=self.wall, random=self.draw.randbytes, disk=self.disk,
-            db=db,
+            db=db, free_bytes=self._free_bytes if self.weather.knows_room else None,
         )  # fmt: skip
         rules = Rules(
             deadline_s=DEADLINE_S, evaluation_wait_s=5.0, packet_bytes_max=UPDATE_PACKET_BYTES
@@ -191,9 +191,15 @@ class Server(Machine):
         )
         self.service.begin()
 
+    def _free_bytes(self, _: Path) -> int:
+        return 0 if self.mischief.is_full else 2**40
+
     def step(self, event: Any) -> None:
         assert self.service is not None
-        self.service.turn(event)
+        try:
+            self.service.turn(event)
+        except DiskFullError as error:
+            raise AssertionError(f"a full disk ended the server: {error}") from error
 
     def away(self) -> None:
         super().away()
@@ -210,6 +216,9 @@ class Device(Machine):
     ) -> None:  # fmt: skip
         super().__init__(name, broker, weather, parts)
         self.trainings = trainings
+        self.role: Literal["train", "evaluate"] = (
+            "train" if int(name[1:]) >= weather.evaluators else "evaluate"
+        )
         self.folder = Path("/device")
         self.disk.mkdir(self.folder)
         identities.save(self.folder, identity, disk=self.disk)
@@ -219,7 +228,7 @@ class Device(Machine):
 
     def connect(self) -> MemoryLink:
         topic = Topics(FEDERATION).state(self.name)
-        will = messages.encode_json(Presence(state="lost", boot=self._boots))
+        will = messages.encode_json(Presence(state="lost", boot=self._boots, role=self.role))
         return self.broker.connect(self.name, will=Message(topic, will, True))
 
     def boot(self) -> None:
@@ -231,7 +240,8 @@ class Device(Machine):
         self._boots = boots
         self.agent = self.parts.agent(
             identity, self.link, journal=journal, boot=boots, clock=self.monotonic,
-            load=lambda _: SimulatedTrainer(self.name, self.trainings), draw=self.draw.random,
+            load=lambda _: SimulatedTrainer(self.name, self.trainings, fails=self._fails),
+            draw=self.draw.random, role=self.role,
             background=LaterBackground(self.monotonic, self._training_s),
             random=self.draw.randbytes,
         )  # fmt: skip
@@ -244,6 +254,9 @@ class Device(Machine):
     def away(self) -> None:
         super().away()
         self.agent = None
+
+    def _fails(self) -> bool:
+        return not self.mischief.is_over and self.draw.random() < 0.02
 
     def _training_s(self) -> float:
         return self.draw.uniform(0.0, self.weather.training_s)

@@ -46,6 +46,7 @@ class Oracle:
         self._trainings = trainings
         self._topics = Topics(FEDERATION)
         self._opened: dict[int, bytes] = {}
+        self._opened_s: dict[int, float] = {}
         self._ended: set[int] = set()
         self._highest = 0
         self._said: dict[str, int] = defaultdict(int)
@@ -97,6 +98,8 @@ class Oracle:
             return
         digest = sha256(payload)
         demand(said.round not in self._ended, f"round {said.round} was opened again after its end")
+        if said.round not in self._opened:
+            self._opened_s[said.round] = self._server.broker.now_s
         same = self._opened.setdefault(said.round, digest) == digest
         demand(same, f"round {said.round} was opened in two ways")
 
@@ -150,6 +153,10 @@ class Oracle:
         self._follow(rounds, receipts, models)
         spool = self._server.disk.names(self._server.home.state / "spool")
         demand(not spool, f"the spool still holds {spool}")
+        for this in rounds:
+            spared = self._opened_s.get(this.number, 0.0) > self._server.weather.until_s + 20.0
+            demand(not spared or this.status == "closed", f"round {this.number} was spared all "
+                   "faults, and abandoned all the same")  # fmt: skip
 
     def _follow(self, rounds: list[Round], receipts: Any, models: dict[int, Model]) -> None:
         _, model = decode_task(TASK)

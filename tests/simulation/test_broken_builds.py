@@ -143,5 +143,9 @@ BROKEN = [
 @pytest.mark.parametrize(("parts", "sentence"), [b[1:] for b in BROKEN], ids=[b[0] for b in BROKEN])
 def test_a_broken_build_is_caught(parts: Parts, sentence: str) -> None:
     with pytest.raises(ViolationError, match=sentence):
-        for seed in range(SEEDS_MAX):
-            Federation(Weather.of(seed), parts).run()
+        run_seeds(parts)
+
+
+def run_seeds(parts: Parts) -> None:
+    for seed in range(SEEDS_MAX):
+        Federation(Weather.of(seed), parts).run()

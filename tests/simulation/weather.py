@@ -44,6 +44,8 @@ class Weather:
     target: int
     quorum: int
     optimiser: str
+    evaluators: int = 0
+    knows_room: bool = False  # whether the server can ask how much room its disk has
     training_s: float = 5.0
     start_s: float = 0.0
     until_s: float = 0.0
@@ -82,6 +84,8 @@ class Weather:
         def moment() -> float:
             return draw.uniform(0.0, self.until_s)
 
+        self.evaluators = int(some(0.25))
+        self.knows_room = some(0.5)
         self.loss = draw.uniform(0, 0.3) if some() else 0.0
         self.repeat = draw.uniform(0, 0.3) if some() else 0.0
         self.delay = draw.uniform(0, 5.0) if some() else 0.0
@@ -102,9 +106,17 @@ class Weather:
 
 # What happens at a moment of its own, and how likely there is one more of it.
 _EVENTS = {
-    "amnesia": 0.2, "away": 0.2, "drop": 0.3, "kill": 0.3, "power": 0.3, "replay": 0.5,
+    "amnesia": 0.2,
+    "away": 0.2,
+    "drop": 0.3,
+    "kill": 0.3,
+    "power": 0.3,
+    "replay": 0.5,
     "clock": 0.3,
-}  # fmt: skip
+    "limits": 0.15,
+    "pause": 0.15,
+    "resume": 0.15,
+}
 
 
 class Mischief:
@@ -124,6 +136,18 @@ class Mischief:
         self._crash = weather.crash.get(machine, 0.0)
         self._eio = weather.eio.get(machine, 0.0)
 
+    @property
+    def is_full(self) -> bool:
+        """Whether the machine's disk has no room now."""
+        now_s = self._now()
+        full = any(s.covers(self.machine, now_s) for s in self._weather.full)
+        return full and not self.is_over
+
+    @property
+    def is_over(self) -> bool:
+        """Whether all faults are over."""
+        return self._now() >= self._weather.until_s
+
     def strike(self, point: str, name: str) -> None:
         """Raise Crash or OSError, or do nothing."""
         if not self.armed:
@@ -139,8 +163,9 @@ class Mischief:
             raise Crash(f"{self.machine} at {point}")
         if point in CHANGES and any(s.covers(self.machine, now_s) for s in self._weather.read_only):
             raise OSError(errno.EROFS, "read-only file system")
-        full = any(s.covers(self.machine, now_s) for s in self._weather.full)
-        if full and (point in NEEDS_ROOM or (point == "fsync" and self._draw.random() < 0.2)):
+        if self.is_full and (
+            point in NEEDS_ROOM or (point == "fsync" and self._draw.random() < 0.2)
+        ):
             raise OSError(errno.ENOSPC, "no space left on device")
         if (point in CHANGES or point in READS) and self._draw.random() < self._eio:
             raise OSError(errno.EIO, "input/output error")

@@ -57,7 +57,10 @@ class Trainings:
 class SimulatedTrainer:
     """A LocalTrainer whose result is drawn."""
 
-    def __init__(self, device: str, trainings: Trainings) -> None:
+    def __init__(
+        self, device: str, trainings: Trainings, *, fails: Callable[[], bool] = lambda: False
+    ) -> None:
+        self._fails = fails
         self._device = device
         self._trainings = trainings
 
@@ -74,7 +77,7 @@ class SimulatedTrainer:
     ) -> Trained | None:
         number = len(self._trainings.done)
         draw = np.random.Generator(np.random.PCG64([seed, number]))
-        if draw.random() < 0.02:
+        if self._fails():
             raise LocalError("the samples cannot be read; check the sensor")
         if not on_step(Progress(1, 1, 0.5)):
             return None
