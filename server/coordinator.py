@@ -157,6 +157,8 @@ class Coordinator:
         self._model_version = 0
         self._reports: dict[str, Report] = {}
         self._server_evaluates = False
+        self._trainers: set[str] = set()  # devices that joined in this run
+        self._weight_max = LIMITS.examples_max
         self._connected = True
         self._trouble = ""  # with the disk
 
@@ -242,6 +244,7 @@ class Coordinator:
         self._round.opened_s = now_s - min(elapsed_s, opened.announcement.deadline_s)
         for upload in uploads:
             self._round.joined.add(upload.device)
+            self._trainers.add(upload.device)
             self._round.put(upload)
             self._by_upload[upload.upload] = upload
         return self._close_if_reached(self._round)  # the last receipt may have been the last act
@@ -357,6 +360,7 @@ class Coordinator:
             return []
         self.run, self.phase, self.paused = run, Phase.GATHERING, False
         self.detail = "waiting for devices"
+        self._trainers.clear()
         return self._tick()
 
     def _stop(self, command: Command) -> list[Effect]:
@@ -415,6 +419,7 @@ class Coordinator:
     def _begin(self, opened: Opened) -> None:
         self.phase, self.detail = Phase.OPEN, f"round {opened.announcement.round} is open"
         self._by_upload.clear()
+        self._weight_max = opened.announcement.weight_max
         self._round = _Round(
             announcement=opened.announcement,
             digest=opened.digest,
@@ -454,6 +459,7 @@ class Coordinator:
         except PeerError as error:
             return [Send(device, Busy(round=join.round, retry_after_s=-1, reason=str(error)))]
         this.joined.add(device)
+        self._trainers.add(device)
         place = this.uploads.get(device)
         if place is not None and place.status in ("accepted", "rejected", "accepting"):
             return self._final(this, place)
@@ -707,7 +713,10 @@ class Coordinator:
     def _reported(self, device: str, report: Report) -> list[Effect]:
         if self.phase is not Phase.EVALUATING or report.model_version != self._model_version:
             return []
-        self._reports[device] = report
+        if device in self._trainers:
+            raise PeerError("not_evaluating", f"{device} trains in this run; it cannot also judge")
+        examples = min(report.examples, self._weight_max)
+        self._reports[device] = msgspec.structs.replace(report, examples=examples)
         if self._server_evaluates or not set(self.online("evaluate")) <= set(self._reports):
             return []
         return self._decide(*_weighted(self._reports), "devices")

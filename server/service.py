@@ -372,6 +372,8 @@ class Service:
         except LocalError as error:
             log.error("cannot take an upload: %s", error)
             return []  # the device asks again after a silence
+        except PeerError as error:
+            return [ev.Refused(init.upload, "rejected", f"{error.reason}: {error}")]
         return [ev.Begun(init.upload, missing)]
 
     def _start_run(self, command: Command, run: ev.Run) -> list[ev.Event]:

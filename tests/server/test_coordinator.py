@@ -70,12 +70,15 @@ COUNT = 3
 BLOB = Blob(digest=b"b" * 32, total_bytes=5000, body_bytes=1000)
 
 
+WEIGHT_MAX = 100
+
+
 def announcement_of(effect: OpenRound, number: int) -> Opened:
     """What the ledger makes of `OpenRound`."""
     announcement = Announcement(
         federation="demo", round=number, state="open", task=BLOB, task_name="wearables",
         model=BLOB, model_version=number, settings=Settings(epochs=1, learning_rate=0.1),
-        delta_bound=10.0, weight_max=100, fraction_bits=32, round_key=b"k" * 32, fleet_epoch=1,
+        delta_bound=10.0, weight_max=WEIGHT_MAX, fraction_bits=32, round_key=b"k" * 32, fleet_epoch=1,
         issued_at=0.0, deadline_s=effect.run.deadline_s, target=effect.target,
         quorum=effect.quorum, lottery_seed=b"s" * 32, lottery_threshold=2**32,
     )  # fmt: skip
@@ -632,6 +635,29 @@ def test_a_report_on_another_model_is_not_counted() -> None:
     old = Report(round=1, model_version=0, examples=30, metrics={"accuracy": 1.0})
     assert server.step(Reported("e0", old)) == []
     assert server.it.phase is Phase.EVALUATING
+
+
+def test_a_device_that_trains_does_not_judge_its_own_model() -> None:
+    server = Server(evaluators=1)
+    server.start(rounds=9, until=Until(accuracy=0.9))
+    one_round(server)
+    report = Report(round=1, model_version=1, examples=30, metrics={"accuracy": 1.0})
+    with pytest.raises(PeerError) as refused:
+        server.step(Reported("d0", report))
+    assert refused.value.reason == "not_evaluating"
+    assert server.it.phase is Phase.EVALUATING
+
+
+def test_no_report_counts_for_more_examples_than_an_update_may() -> None:
+    server = Server(evaluators=2)
+    server.start(rounds=9)
+    one_round(server)
+    most = WEIGHT_MAX
+    report = Report(round=1, model_version=1, examples=10**9, metrics={"accuracy": 1.0})
+    server.step(Reported("e0", report))
+    honest = Report(round=1, model_version=1, examples=most, metrics={"accuracy": 0.0})
+    effects = server.step(Reported("e1", honest))
+    assert of(Publish, effects)[0].summary.evaluation == {"accuracy": pytest.approx(0.5)}
 
 
 def test_devices_that_do_not_report_are_waited_for_so_long_and_no_longer() -> None:

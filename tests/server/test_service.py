@@ -274,10 +274,11 @@ def test_a_changed_commit_is_dropped(arena):
         assert arena.evil.commit(second) == []
 
 
-def test_a_commit_under_a_key_that_must_not_be_used_is_dropped(arena):
+def test_a_commit_under_a_key_that_must_not_be_used_is_rejected_and_frees_its_place(arena):
     init, _ = arena.evil.seal(arena.evil.go(), arena.evil.delta(), enc=bytes(32))
-    with dropped(arena, "bad_key"):
-        assert arena.evil.commit(init) == []
+    with rejected(arena, "bad_key"):
+        answers = arena.evil.commit(init)
+        assert [a.status for a in answers] == ["rejected"]
 
 
 def test_a_blob_that_is_not_the_present_one_is_not_sent_again(arena):
