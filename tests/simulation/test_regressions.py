@@ -1,0 +1,118 @@
+"""Faults that the simulation found, each by the shortest way to it."""
+
+import errno
+import os
+import random
+from pathlib import Path
+
+import pytest
+
+from broker_bridge.wire.chunks import Layout, seal_chunks
+from broker_bridge.wire.envelope import ChunkKey
+from broker_bridge.wire.messages import Init
+from broker_bridge.wire.update import SealedUpdate
+from device_client.outbox import Outbox
+from server.store.spool import Spool
+from tests.simulation.disk import SimulatedDisk
+from tests.simulation.federation import Federation
+from tests.simulation.machines import Parts
+from tests.simulation.oracle import ViolationError
+from tests.simulation.test_broken_builds import ReceiptBeforeFsync
+from tests.simulation.weather import Weather
+
+UPLOAD = b"upload-1"
+LAYOUT = Layout(total_bytes=1000, body_bytes=400)
+
+
+def sealed() -> list[bytes]:
+    return list(seal_chunks(bytes(1000), LAYOUT, transfer=UPLOAD, key=ChunkKey(bytes(32))))
+
+
+def disk_error(number: int) -> OSError:
+    return OSError(number, os.strerror(number))
+
+
+def test_a_run_whose_model_cannot_be_read_does_not_begin() -> None:
+    """The run was written down, the operator told that it failed, and every later start crashed."""
+    federation = Federation(Weather.calm())
+    server = federation.server
+    server.mischief.once.append(("read", "000001.weights", disk_error(errno.EIO)))
+    assert federation.run().status == "done"
+    assert server.mischief.once == []
+    assert server.ended == []
+    assert any("the disk reported an error" in line for line in federation.oracle.story)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EROFS])
+def test_a_log_that_cannot_be_emptied_is_one_sentence(number: int) -> None:
+    """Asked without SQLAlchemy, SQLite's own error went through as if it were a bug of ours."""
+    federation = Federation(Weather.calm())
+    federation.server.mischief.once.append(("checkpoint", "", disk_error(number)))
+    assert federation.run().status == "done"
+    assert federation.server.mischief.once == []
+
+
+def test_updates_of_a_closed_round_stay_gone_after_a_power_cut() -> None:
+    """They came back, one round's on top of another's, and filled the spool."""
+    for seed in range(20):
+        disk = SimulatedDisk(random.Random(seed))
+        disk.mkdir(Path("/state"))
+        spool = Spool(Path("/state/spool"), disk=disk)
+        spool.begin(UPLOAD, LAYOUT)
+        for index, chunk in enumerate(sealed()):
+            spool.put(UPLOAD, index, chunk)
+        spool.sync([UPLOAD])
+        spool.clear()
+        disk.power_cut()
+        assert Spool(Path("/state/spool"), disk=disk).uploads() == set()
+
+
+def test_an_update_with_a_receipt_that_cannot_be_read_ends_the_server_with_a_sentence() -> None:
+    """It came up with a traceback. There is no honest model of that round without the update."""
+    said: list[str] = []
+    for seed in range(150):
+        federation = Federation(Weather.of(seed), Parts(ledger=ReceiptBeforeFsync))
+        try:
+            federation.run()
+        except ViolationError:
+            said = federation.server.ended
+            break
+    assert any("has a receipt and cannot be read" in sentence for sentence in said)
+
+
+def test_a_sealed_update_survives_a_power_cut_in_a_new_outbox() -> None:
+    """The folder was made and never synced: its name could go, and the update with it."""
+    for seed in range(20):
+        disk = SimulatedDisk(random.Random(seed))
+        disk.mkdir(Path("/device"))
+        disk.sync_all()
+        outbox = Outbox(Path("/device/outbox"), disk=disk)
+        outbox.put(an_init(), SealedUpdate(bytes(32), LAYOUT, tuple(sealed())))
+        disk.power_cut()
+        assert Outbox(Path("/device/outbox"), disk=disk).load() == an_init()
+
+
+def test_a_damaged_outbox_is_thrown_away_unread() -> None:
+    """Its first bytes told how much memory to ask for: up to 4 GB."""
+    disk = SimulatedDisk(random.Random(1))
+    disk.mkdir(Path("/device"))
+    outbox = Outbox(Path("/device/outbox"), disk=disk)
+    outbox.put(an_init(), SealedUpdate(bytes(32), LAYOUT, tuple(sealed())))
+    fd = disk.open(Path("/device/outbox/update.sealed"), os.O_RDWR)
+    disk.pwrite(fd, b"\xff\xff\xff\xff", 8)
+    disk.pwrite(fd, b"\xff\xff\xff\xff", 8)
+    assert Outbox(Path("/device/outbox"), disk=disk).load() is None
+
+
+def test_a_folder_of_tasks_that_cannot_be_read_is_named() -> None:
+    federation = Federation(Weather.calm())
+    federation.server.mischief.once.append(("read", "^tasks$", disk_error(errno.EACCES)))
+    assert federation.run().status == "done"
+    assert any("tasks: permission was refused" in line for line in federation.oracle.story)
+
+
+def an_init() -> Init:
+    return Init(
+        round=1, announcement=bytes(32), upload=UPLOAD, enc=bytes(32), total_bytes=1000,
+        body_bytes=400, tags=bytes(32), examples=1, train_s=0.0, metrics={},
+    )  # fmt: skip
