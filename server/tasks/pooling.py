@@ -98,13 +98,13 @@ def _max_pool(op: Any, g: Any) -> Any:
     x, y = op.inputs[0], op.outputs[0]
     axes = _pool_axes(op)
     padded = fit(x, axes, _LOWEST)
-    left = tf.ones_like(y)      # 1 until the first maximum of the window has been met
+    left = g    # what no maximum has taken yet: each window's first one takes all of it
     taps: list[list[Any]] = []
     for i in range(axes[0].kernel):
         taps.append([])
         for j in range(axes[1].kernel):
             after = left * nonzero(y - tap(padded, axes, i, j))
-            taps[-1].append(g * (left - after))
+            taps[-1].append(left - after)
             left = after
     return spread_2d(taps, axes)
 
