@@ -1,0 +1,1 @@
+"""The commands of `midge`, a file for each of the things an operator does."""

@@ -1,0 +1,195 @@
+"""Start rounds, steer and watch them. All of it can be done with `mosquitto_pub` as well."""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import msgspec
+
+from broker_bridge.console import stop_on_signals
+from broker_bridge.errors import LocalError, PeerError
+from broker_bridge.wire import messages
+from broker_bridge.wire.envelope import random_bytes
+from broker_bridge.wire.messages import (
+    Command,
+    Presence,
+    Reply,
+    RoundSummary,
+    ServerPresence,
+    Until,
+)
+from broker_bridge.wire.topics import DeviceState, Topics
+from server import screen
+from server.commands.options import DIR, JSON
+from server.fleet.home import Home
+from server.operator import Operator
+
+__all__ = ["pause", "resume", "start", "status", "stop", "watch"]
+
+
+@click.command()
+@DIR
+@click.option("--task", help="Which task, if the server has several.")
+@click.option("--rounds", type=int, help="How many rounds; default 1.")
+@click.option("--until-accuracy", type=float, help="Stop when the model is this good (0 to 1).")
+@click.option("--target", type=int, help="Updates that make a round.")
+@click.option("--quorum", type=int, help="Updates that are enough at the deadline.")
+@click.option("--deadline", "deadline_s", type=float, help="Seconds for one round.")
+@JSON
+def start(
+    folder: Path,
+    task: str | None,
+    rounds: int | None,
+    until_accuracy: float | None,
+    target: int | None,
+    quorum: int | None,
+    deadline_s: float | None,
+    as_json: bool,
+) -> None:
+    """Start a run of rounds.
+
+    \b
+    Example:
+      midge start --dir fleet --task wearables --rounds 10 --until-accuracy 0.8
+    """
+    until = None if until_accuracy is None else Until(accuracy=until_accuracy)
+    command = Command(
+        cmd="start", task=task, rounds=rounds, until=until, target=target, quorum=quorum,
+        deadline_s=deadline_s,
+    )  # fmt: skip
+    _tell(_ask(folder, _checked(command)), as_json, "started")
+
+
+@click.command()
+@DIR
+@JSON
+def stop(folder: Path, as_json: bool) -> None:
+    """Stop the run; its open round ends without a model.
+
+    \b
+    Example:
+      midge stop --dir fleet
+    """
+    _tell(_ask(folder, Command(cmd="stop")), as_json, "stopped")
+
+
+@click.command()
+@DIR
+@JSON
+def pause(folder: Path, as_json: bool) -> None:
+    """Open no further round until `midge resume`.
+
+    \b
+    Example:
+      midge pause --dir fleet
+    """
+    _tell(_ask(folder, Command(cmd="pause")), as_json, "paused")
+
+
+@click.command()
+@DIR
+@JSON
+def resume(folder: Path, as_json: bool) -> None:
+    """Go on after `midge pause`.
+
+    \b
+    Example:
+      midge resume --dir fleet
+    """
+    _tell(_ask(folder, Command(cmd="resume")), as_json, "resumed")
+
+
+@click.command()
+@DIR
+@JSON
+def status(folder: Path, as_json: bool) -> None:
+    """Say what the server is doing.
+
+    \b
+    Example:
+      midge status --dir fleet --json
+    """
+    reply = _ask(folder, Command(cmd="status"))
+    if as_json:
+        click.echo(json.dumps(reply.status))
+    else:
+        screen.facts(reply.status or {})
+
+
+@click.command()
+@DIR
+@JSON
+def watch(folder: Path, as_json: bool) -> None:
+    """Follow rounds and devices until Ctrl-C.
+
+    \b
+    Example:
+      midge watch --dir fleet
+    """
+    stopped = stop_on_signals()
+    with _operator(folder) as (operator, topics):
+        for topic, payload in operator.watch(stopped.is_set):
+            line = _watched(topics, topic, payload, as_json)
+            if line:
+                click.echo(line)
+
+
+def _watched(topics: Topics, topic: str, payload: bytes, as_json: bool) -> str:
+    """One line for one message; nothing for one that is not ours."""
+    try:
+        place = topics.parse(topic)
+        if as_json:
+            return json.dumps({"topic": topic, "message": json.loads(payload)}) if payload else ""
+        match place:
+            case "metrics":
+                return screen.summary_line(messages.decode_json(payload, RoundSummary))
+            case DeviceState(name) if payload:
+                return screen.presence_line(name, messages.decode_json(payload, Presence))
+            case "srv":
+                return f"server {messages.decode_json(payload, ServerPresence).state}"
+    except (PeerError, ValueError):
+        return ""
+    return ""
+
+
+@contextlib.contextmanager
+def _operator(folder: Path) -> Iterator[tuple[Operator, Topics]]:
+    home = Home.find(folder)
+    config = home.config()
+    operator = Operator(
+        config.broker.host, config.broker.port, federation=config.federation,
+        tls=home.tls("operator"),
+    )  # fmt: skip
+    try:
+        yield operator, Topics(config.federation)
+    finally:
+        operator.close()
+
+
+def _ask(folder: Path, command: Command) -> Reply:
+    command = msgspec.structs.replace(command, id=random_bytes(8).hex())
+    with _operator(folder) as (operator, _):
+        reply = operator.ask(command)
+    if not reply.ok:
+        raise LocalError(reply.error or "the server refused, and gave no reason")
+    return reply
+
+
+def _checked(command: Command) -> Command:
+    try:
+        # Not through JSON, which has no NaN and would make it a setting that was not given.
+        checked: Command = messages.decode(messages.encode(command), Command)
+        return checked
+    except PeerError as error:
+        raise LocalError(f"not a start: {error}") from None
+
+
+def _tell(reply: Reply, as_json: bool, word: str) -> None:
+    if as_json:
+        click.echo(messages.encode_json(reply))
+        return
+    run = (reply.status or {}).get("run")
+    number = run.get("id") if isinstance(run, dict) else run
+    click.echo(word if number is None else f"{word} run {number}; see it with `midge watch`")

@@ -1,0 +1,120 @@
+"""`midge server`: put the parts of a server together and let it serve."""
+
+import contextlib
+import fcntl
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import msgspec
+
+from broker_bridge.config import overridden
+from broker_bridge.console import show_log, stop_on_signals
+from broker_bridge.disk import disk_errors
+from broker_bridge.errors import LocalError
+from broker_bridge.link.base import Message
+from broker_bridge.link.paho_link import PahoLink
+from broker_bridge.wire import messages
+from broker_bridge.wire.envelope import client_id
+from broker_bridge.wire.messages import (
+    ServerPresence,
+)
+from broker_bridge.wire.topics import SERVER, Topics
+from server.commands.options import DIR, host_port
+from server.config import ServerConfig
+from server.coordinator import Coordinator
+from server.events import Rules
+from server.fleet.enrolment import Registrar
+from server.fleet.home import Home
+from server.ledger import Ledger
+from server.quotas import Quotas, Shares
+from server.service import Service
+
+__all__ = ["serve", "server_command"]
+
+
+@click.command("server")
+@DIR
+@click.option("--task", "tasks", multiple=True, type=click.Path(path_type=Path, dir_okay=False),
+              help="A task file that a start may name; repeat for more.")  # fmt: skip
+@click.option("--broker", "address", help="HOST:PORT; default: as in midge.toml.")
+@click.option("--log", help="debug, info, warning or error.")
+def server_command(
+    folder: Path, tasks: tuple[Path, ...], address: str | None, log: str | None
+) -> None:
+    """Run the server until stopped (SIGTERM or Ctrl-C).
+
+    \b
+    Example:
+      midge server --dir fleet --task wearables.task
+    """
+    home = Home.find(folder)
+    found = home.config()
+    listed = (*found.tasks, *(str(path) for path in tasks))
+    config = overridden(found, "command line", log=log, tasks=listed)
+    if address is not None:
+        host, port = host_port(address)
+        where = overridden(config.broker, "--broker", host=host, port=port)
+        config = msgspec.structs.replace(config, broker=where)
+    show_log(config.log)
+    stopped = stop_on_signals()
+    with (
+        _locked(home),
+        contextlib.closing(Ledger(home, config, clock=time.time, free_bytes=_free_bytes)) as ledger,
+    ):
+        serve(home, config, ledger, stopped.is_set)
+
+
+def serve(home: Home, config: ServerConfig, ledger: Ledger, stopped: Any) -> None:
+    """Connect, and serve until `stopped`."""
+    for path in config.tasks:
+        if not Path(path).is_file():
+            raise LocalError(f"there is no task file {path}; correct the path")
+    topics = Topics(ledger.keys.federation)
+    link = PahoLink.open(
+        config.broker.host, config.broker.port,
+        client_id=client_id(SERVER, ledger.keys.sign_seed), tls=home.tls("server"),
+        will=Message(topics.srv, messages.encode_json(ServerPresence(state="lost")), retained=True),
+        keepalive_s=config.broker.keepalive_s, wait_s=10.0,
+    )  # fmt: skip
+    rounds = config.rounds
+    rules = Rules(
+        target=rounds.target, quorum=rounds.quorum, deadline_s=rounds.deadline_s,
+        abandoned_max=rounds.abandoned_max, evaluation_wait_s=rounds.evaluation_wait_s,
+        packet_bytes_max=ledger.packet_bytes, uploads_max=config.limits.uploads_max,
+    )  # fmt: skip
+    shares = Shares(
+        control_per_minute=config.limits.control_per_minute, repeats_max=config.limits.repeats_max
+    )
+    coordinator = Coordinator(federation=ledger.keys.federation, rules=rules)
+    registrar = Registrar(home, ledger.db, time.time)
+    service = Service(
+        link, ledger, coordinator, registrar, evaluation_npz=config.evaluation.npz,
+        quotas=Quotas(shares),
+    )  # fmt: skip
+    try:
+        service.run(stopped)
+    finally:
+        link.close()
+
+
+def _free_bytes(path: Path) -> int:
+    with disk_errors(path):
+        return shutil.disk_usage(path).free
+
+
+@contextlib.contextmanager
+def _locked(home: Home) -> Iterator[None]:
+    """One server for one fleet: a second one would take the first one's connection."""
+    path = home.state / "server.lock"
+    with disk_errors(path), path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise LocalError(
+                f"a server is running for {home.folder} already; stop it first"
+            ) from None
+        yield
