@@ -9,6 +9,7 @@ The first byte of most inputs chooses a mode, modulo how many there are.
 """
 
 import atexit
+import base64
 import contextlib
 import functools
 import hashlib
@@ -24,6 +25,7 @@ import time
 import tracemalloc
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import UTC
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,7 @@ from broker_bridge.config import load_config
 from broker_bridge.errors import LocalError, MidgeError, PeerError
 from broker_bridge.limits import LIMITS
 from broker_bridge.link.base import Message
+from broker_bridge.link.inspection import certificate_dates
 from broker_bridge.link.paho_session import Connection, PahoSession, SessionSettings
 from broker_bridge.task.samples import preprocess
 from broker_bridge.task.taskfile import Plan, Task, decode_plan, decode_task
@@ -435,6 +438,22 @@ def _bundle() -> bytes:
     ).encode()  # fmt: skip
 
 
+def certificate(data: bytes) -> None:
+    """PEM by an attacker, and DER that he wrapped."""
+    mode, rest = _split(data, 2)
+    if mode:
+        rest = b"-----BEGIN CERTIFICATE-----\n" + base64.encodebytes(rest)
+        rest += b"-----END CERTIFICATE-----\n"
+    begins, ends = certificate_dates(rest)
+    assert begins.tzinfo is ends.tzinfo is UTC
+
+
+def certificate_seeds() -> list[bytes]:
+    pems = [path.read_bytes() for path in sorted((CORPUS / "certificate").glob("*.pem"))]
+    ders = [base64.b64decode(b"".join(pem.splitlines()[1:-1])) for pem in pems]
+    return [b"\x00" + pem for pem in pems] + [b"\x01" + der for der in ders]
+
+
 def config(data: bytes) -> None:
     mode, rest = _split(data, 2)
     path = folder("config") / "settings.toml"
@@ -819,7 +838,9 @@ ALL = [
     Target("weights", decode_weights, weight_seeds),
     Target("task", task, task_seeds, base_bytes=2 * MIB),
     Target("bundle", bundle, lambda: [_bundle()]),
-    Target("config", config, config_seeds),
+    # tomllib descends by calling itself, as deep as Python lets it: 1.7 MB of frames.
+    Target("config", config, config_seeds, base_bytes=4 * MIB),
+    Target("certificate", certificate, certificate_seeds),
     Target("outbox", outbox, lambda: [_outbox_file()]),
     Target("journal", journal, journal_seeds),
     Target("server_files", server_files, server_file_seeds),
