@@ -72,14 +72,16 @@ def main() -> None:
     for split in ("iid", "shards") if given.split == "both" else (given.split,):
         found = [rounds_to_target(split, seed, given.rounds) for seed in range(1, given.seeds + 1)]
         reached = [float(number) for number, _, _ in found if number is not None]
-        rows.append([
-            split,
-            Spread.of(reached).text() if reached else "not reached",
-            ", ".join("-" if number is None else str(number) for number, _, _ in found),
-            f"{max(best for _, best, _ in found):.4f}",
-            f"{sum(s for _, _, s in found):.0f}",
-            str(PAPER[split]),
-        ])
+        rows.append(
+            [
+                split,
+                Spread.of(reached).text() if reached else "not reached",
+                ", ".join("-" if number is None else str(number) for number, _, _ in found),
+                f"{max(best for _, best, _ in found):.4f}",
+                f"{sum(s for _, _, s in found):.0f}",
+                str(PAPER[split]),
+            ]
+        )
     table(["split", "rounds to 97 %", "each seed", "best", "seconds", "McMahan 2017"], rows)
 
 

@@ -23,7 +23,7 @@ def main(model_file: str, steps_file: str, repeat: str, function: str = "model")
     for number in range(int(repeat) + 5):
         started = time.perf_counter()
         model.train_on_batch(inputs, step.labels)
-        if number >= 5:     # the first ones compile
+        if number >= 5:  # the first ones compile
             times.append(1000 * (time.perf_counter() - started))
     peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(json.dumps({"step_ms": times, "peak_mb": peak_mb}))

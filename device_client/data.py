@@ -128,8 +128,10 @@ def _as_samples(result: Any, task: Task) -> Samples:
 
 def _read_csv_folder(folder: Path, task: Task) -> Samples:
     if len(task.inputs) != 1:
-        raise LocalError(f"csv: has one table, and the task {task.name!r} takes "
-                         f"{len(task.inputs)} inputs: use npz: or a function")
+        raise LocalError(
+            f"csv: has one table, and the task {task.name!r} takes "
+            f"{len(task.inputs)} inputs: use npz: or a function"
+        )
     if not folder.is_dir():
         raise LocalError(f"there is no folder {folder}")
     files = sorted(folder.glob("*.csv"))

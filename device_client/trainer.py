@@ -137,9 +137,7 @@ class Trainer:
             state, inputs, samples.labels[rows], weight, settings, anchor, seed
         )
 
-    def _trained(
-        self, state: State, epoch: "_Epoch", steps: int, seconds: float
-    ) -> Trained:
+    def _trained(self, state: State, epoch: "_Epoch", steps: int, seconds: float) -> Trained:
         task = self._runtime.task
         # The loss does not tell all: ReLU kernels turn NaN into 0.
         for spec, array in zip(task.weights, state.weights, strict=True):

@@ -34,7 +34,7 @@ class Fleet:
     devices: tuple[str, ...]
     test: str
     rounds: int
-    cohort: int = 0     # devices in each round, drawn at random; 0: all
+    cohort: int = 0  # devices in each round, drawn at random; 0: all
 
 
 def _person(number: int) -> str:
@@ -156,9 +156,7 @@ def main() -> None:
 
     settings = plan.task.defaults
     trainers = [Trainer(runtime, data) for data in samples]
-    models = federate(
-        trainers, initial, settings, fleet.rounds, given.seed, cohort=fleet.cohort
-    )
+    models = federate(trainers, initial, settings, fleet.rounds, given.seed, cohort=fleet.cohort)
     scores = [score(w) for w in models]
     print(f"{given.example}: {len(trainers)} devices, {metric} on {fleet.test.split(':')[-1]}")
     print("federated, by round: " + " ".join(f"{value:.3f}" for value in scores))

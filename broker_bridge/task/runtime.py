@@ -133,9 +133,7 @@ class TaskRuntime:
             sums += out["sums"]
             counts += out["counts"]
         means = [float(s / c) if c > 0 else 0.0 for s, c in zip(sums, counts, strict=True)]
-        return Evaluation(
-            len(samples), means[0], dict(zip(task.metrics, means[1:], strict=True))
-        )
+        return Evaluation(len(samples), means[0], dict(zip(task.metrics, means[1:], strict=True)))
 
     def infer(self, weights: Mapping[str, Array], inputs: Sequence[Array]) -> Array:
         """Return the model's outputs [rows, …] for `inputs`."""
@@ -175,9 +173,7 @@ class TaskRuntime:
             kinds = self._module.OpResolverType
             options["experimental_op_resolver_type"] = kinds.BUILTIN_WITHOUT_DEFAULT_DELEGATES
         try:
-            self._interpreter = self._module.Interpreter(
-                model_content=self.plan.tflite, **options
-            )
+            self._interpreter = self._module.Interpreter(model_content=self.plan.tflite, **options)
             return {
                 name: self._interpreter.get_signature_runner(name)
                 for name in ("train", "evaluate", "infer")

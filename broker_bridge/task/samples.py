@@ -56,8 +56,10 @@ def check_samples(task: Task, samples: Samples) -> Samples:
     if weights is not None:
         weights = _fit(weights, TensorSpec("sample_weight", "float32", ()), "sample_weight")
         _refuse(weights < 0, weights, "sample_weight", "is negative; weights count from 0 up")
-    for name, array in (*zip((s.name for s in task.inputs), inputs, strict=True),
-                        *([("sample_weight", weights)] if weights is not None else [])):
+    for name, array in (
+        *zip((s.name for s in task.inputs), inputs, strict=True),
+        *([("sample_weight", weights)] if weights is not None else []),
+    ):
         if len(array) != len(labels):
             raise LocalError(f"{name!r} has {len(array)} rows, and there are {len(labels)} labels")
     if not len(labels):
@@ -65,12 +67,20 @@ def check_samples(task: Task, samples: Samples) -> Samples:
     for spec, array, within in zip(task.inputs, inputs, task.input_ranges, strict=False):
         if within is not None:
             low, high = within
-            _refuse((array < low) | (array > high), array, f"input {spec.name!r}",
-                    f"is outside {low:g} … {high:g}, what the task {task.name!r} knows")
+            _refuse(
+                (array < low) | (array > high),
+                array,
+                f"input {spec.name!r}",
+                f"is outside {low:g} … {high:g}, what the task {task.name!r} knows",
+            )
     if task.label_range is not None:
         low, high = task.label_range
-        _refuse((labels < low) | (labels > high), labels, "the labels (y)",
-                f"is outside {low:g} … {high:g}, the range of the task {task.name!r}")
+        _refuse(
+            (labels < low) | (labels > high),
+            labels,
+            "the labels (y)",
+            f"is outside {low:g} … {high:g}, the range of the task {task.name!r}",
+        )
     return Samples(inputs, labels, weights)
 
 
@@ -136,15 +146,14 @@ def _fit(array: Array, spec: TensorSpec, what: str) -> Array:
         # [rows] for [rows, 1], and the other way round, can only mean one thing.
         if math.prod(array.shape[1:]) != 1 or math.prod(shape) != 1:
             raise LocalError(
-                f"{what} has samples of shape {list(array.shape[1:])}; "
-                f"the task needs {list(shape)}"
+                f"{what} has samples of shape {list(array.shape[1:])}; the task needs {list(shape)}"
             )
         array = array.reshape(-1, *shape)
     if array.dtype.kind not in "fiub":
         raise LocalError(f"{what} has dtype {array.dtype}; the task needs {spec.dtype}")
     if array.dtype.kind == "f":
         _refuse(~np.isfinite(array), array, what, "is not a finite number; drop or repair it")
-    with np.errstate(over="ignore", invalid="ignore"):    # what was lost is looked for below
+    with np.errstate(over="ignore", invalid="ignore"):  # what was lost is looked for below
         cast = np.ascontiguousarray(array, dtype=spec.dtype)
     if cast.dtype.kind != "f":
         _refuse(cast != array, array, what, f"does not fit {spec.dtype}, which the task needs")

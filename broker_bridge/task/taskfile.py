@@ -52,8 +52,8 @@ class Training(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
     epochs: int = 1
     learning_rate: float = 0.01
-    proximal_mu: float = 0.0    # FedProx, arXiv 1812.06127; 0 = off
-    clip_norm: float = 0.0      # bound on the gradient's global norm; 0 = off
+    proximal_mu: float = 0.0  # FedProx, arXiv 1812.06127; 0 = off
+    clip_norm: float = 0.0  # bound on the gradient's global norm; 0 = off
 
 
 class Slot(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -67,7 +67,7 @@ class Noise(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Random numbers that a training step is fed: `uniform` in [0, 1) or standard `normal`."""
 
     kind: str
-    shape: tuple[int, ...]      # the batch is part of it
+    shape: tuple[int, ...]  # the batch is part of it
 
 
 class Window(
@@ -104,16 +104,16 @@ class Task(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     description: str = ""
     licence: str = ""
     versions: dict[str, str] = {}
-    operations: dict[str, int] = {}         # TensorFlow Lite ops of one training step
+    operations: dict[str, int] = {}  # TensorFlow Lite ops of one training step
     batch_size: int
     evaluation_batch_size: int
     inputs: tuple[TensorSpec, ...]
-    input_ranges: tuple[tuple[float, float] | None, ...] = ()   # inclusive; of token numbers
+    input_ranges: tuple[tuple[float, float] | None, ...] = ()  # inclusive; of token numbers
     label: TensorSpec
-    label_range: tuple[float, float] | None = None   # inclusive; a label outside makes NaN
+    label_range: tuple[float, float] | None = None  # inclusive; a label outside makes NaN
     label_names: tuple[str, ...] = ()
     output: TensorSpec
-    weights: tuple[TensorSpec, ...]                  # trainable first, then statistics
+    weights: tuple[TensorSpec, ...]  # trainable first, then statistics
     trainable_count: int
     noise: tuple[Noise, ...] = ()
     optimiser: str
@@ -278,7 +278,7 @@ def _check_numbers(task: Task) -> None:
     if defaults.epochs < 1 or any(not math.isfinite(n) or n < 0 for n in numbers):
         raise _bad("the training defaults are out of range")
     if sum(isinstance(step, Window) for step in task.preprocessing) > 1:
-        raise _bad("a recording is cut into windows once")    # each cut repeats rows: memory
+        raise _bad("a recording is cut into windows once")  # each cut repeats rows: memory
     for step in task.preprocessing:
         if isinstance(step, Window):
             if min(step.samples, step.hop) < 1:

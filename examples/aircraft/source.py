@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 __all__ = ["aircraft", "count", "test"]
 
 _ROWS_MIN = 100
-_PAST = 7       # rows of 10 s, now included
+_PAST = 7  # rows of 10 s, now included
 _AHEAD = 6
 
 Arrays = tuple[NDArray[Any], NDArray[Any]]

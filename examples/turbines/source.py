@@ -46,5 +46,5 @@ def _turbines() -> dict[str, NDArray[Any]]:
 
 
 def _samples(rows: NDArray[Any]) -> Arrays:
-    running = rows[rows[:, 0] > 3.0]      # below 3 m/s it stands still
+    running = rows[rows[:, 0] > 3.0]  # below 3 m/s it stands still
     return running[:, :4], running[:, 4:5] / _RATED_KW

@@ -125,9 +125,7 @@ def verify(
 
     subject = exporter.subject_of(network, options, plan.task)
     batches = _batches(file, plan.task, data, steps) if data else None
-    found = check_task(
-        plan, subject, steps=batches or checks.random_steps(plan.task, steps)
-    )
+    found = check_task(plan, subject, steps=batches or checks.random_steps(plan.task, steps))
     _show(found, as_json=as_json)
     if not as_json:
         click.echo("every tensor trains as in Keras")
@@ -167,7 +165,7 @@ def try_command(file: Path, data: str, picture: Path | None, **given: Any) -> No
 
 def _load(model: Path, function: str) -> tuple[Any, Any, Any]:
     """Return (Keras model, its options, the exporter module)."""
-    if not model.is_file():     # known without waiting for TensorFlow
+    if not model.is_file():  # known without waiting for TensorFlow
         raise LocalError(f"there is no Python file {model}")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     try:
@@ -194,8 +192,9 @@ def _batches(file: Path, about: Task, data: str, count: int) -> list[Samples]:
     weights = found.get("sample_weight", np.ones(len(found["y"]), np.float32))
     size = about.batch_size
     return [
-        Samples(tuple(x[i : i + size] for x in inputs), found["y"][i : i + size],
-                weights[i : i + size])
+        Samples(
+            tuple(x[i : i + size] for x in inputs), found["y"][i : i + size], weights[i : i + size]
+        )
         for i in range(0, min(len(weights), count * size), size)
     ]
 
@@ -213,8 +212,10 @@ def _facts(about: Task) -> dict[str, Any]:
         "metrics": list(about.metrics),
         "optimiser": about.optimiser,
         "batch_size": about.batch_size,
-        "defaults": {name: getattr(about.defaults, name) for name in
-                     ("epochs", "learning_rate", "proximal_mu", "clip_norm")},
+        "defaults": {
+            name: getattr(about.defaults, name)
+            for name in ("epochs", "learning_rate", "proximal_mu", "clip_norm")
+        },
         "parameters": about.parameters,
         "trainable tensors": about.trainable_count,
         "statistics tensors": len(about.weights) - about.trainable_count,

@@ -25,8 +25,9 @@ def erf(x: Any) -> Any:
     """Return the error function, to 1.5e-7: Abramowitz and Stegun, formula 7.1.26."""
     size = tf.abs(x)
     t = 1.0 / (1.0 + 0.3275911 * size)
-    tail = t * (0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (
-        -1.453152027 + t * 1.061405429))))
+    tail = t * (
+        0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429)))
+    )
     bell = tf.exp(-size * size)
     value = tf.sign(x) * (1.0 - tail * bell)
     return value, lambda g: g * (2.0 / math.sqrt(math.pi)) * bell

@@ -78,11 +78,19 @@ def export(model: Any, options: TaskOptions) -> Built:
         )
     tflite = _convert(graph)
     weights = wire.encode(graph.initial)
-    task = _task(options, inputs, output, objective, rule, graph, tflite, weights,
-                 float(optimiser.learning_rate), _token_ranges(model))
-    return Built(
-        task, tflite, weights, Subject(model, objective, optimiser, graph.variables)
+    task = _task(
+        options,
+        inputs,
+        output,
+        objective,
+        rule,
+        graph,
+        tflite,
+        weights,
+        float(optimiser.learning_rate),
+        _token_ranges(model),
     )
+    return Built(task, tflite, weights, Subject(model, objective, optimiser, graph.variables))
 
 
 def subject_of(model: Any, options: TaskOptions, task: Task) -> Subject:
@@ -168,8 +176,7 @@ def _token_ranges(model: Any) -> tuple[tuple[float, float] | None, ...]:
                 name = tensor.name
                 known[name] = min(layer.input_dim, known.get(name, layer.input_dim))
     return tuple(
-        (0.0, known[tensor.name] - 1.0) if tensor.name in known else None
-        for tensor in model.inputs
+        (0.0, known[tensor.name] - 1.0) if tensor.name in known else None for tensor in model.inputs
     )
 
 

@@ -21,7 +21,7 @@ __all__ = ["builtin_gradients"]
 
 Gradient = Callable[..., Any]
 
-_REGISTRY = "_registry"     # TensorFlow's name for it
+_REGISTRY = "_registry"  # TensorFlow's name for it
 
 
 @contextmanager

@@ -31,7 +31,7 @@ class Graph:
     """The traced functions, and what they take: see the task header for each field."""
 
     functions: dict[str, Any]
-    variables: tuple[Any, ...]      # the Keras variables behind `weights`
+    variables: tuple[Any, ...]  # the Keras variables behind `weights`
     weights: tuple[TensorSpec, ...]
     initial: dict[str, Any]
     trainable_count: int
@@ -64,9 +64,7 @@ class _Builder:
             before = [tf.convert_to_tensor(v.value) for v in self.others]
             trainable = [tf.convert_to_tensor(v.value) for v in self.trainable]
             with convertible(self.model, feed):
-                output, after, _ = call(
-                    self.model, trainable, before, list(inputs), training=True
-                )
+                output, after, _ = call(self.model, trainable, before, list(inputs), training=True)
             self.moving = [
                 i for i, (old, new) in enumerate(zip(before, after, strict=True)) if old is not new
             ]
@@ -131,9 +129,7 @@ class _Builder:
             for g, w, a in zip(gradients, fed, _take(feed, "a"), strict=True)
         ]
         moved, slots = self.rule.apply(fed, gradients, _take(feed, "o"), feed["learning_rate"])
-        statistics = [
-            tf.reshape(after[i], travelling_shape(self.others[i])) for i in self.moving
-        ]
+        statistics = [tf.reshape(after[i], travelling_shape(self.others[i])) for i in self.moving]
         new = {f"w{i}": value for i, value in enumerate([*moved, *statistics])}
         new |= {f"o{i}": value for i, value in enumerate(slots)}
         return {"loss": tf.reshape(loss, [1]), "sums": sums, "counts": counts} | new
@@ -146,7 +142,7 @@ class _Builder:
                     f"the loss does not depend on the weight {variable.path}: set "
                     "trainable = False on its layer, or remove it"
                 )
-        return [tf.convert_to_tensor(g) for g in gradients]    # sparse ones become dense
+        return [tf.convert_to_tensor(g) for g in gradients]  # sparse ones become dense
 
     def evaluate(self, batch_size: int) -> Any:
         weights = self.weight_specs()
@@ -172,9 +168,7 @@ class _Builder:
         def infer(**feed: Any) -> dict[str, Any]:
             trainable, others = self.split(_take(feed, "w"))
             with convertible(self.model, NoiseFeed()):
-                output, _, _ = call(
-                    self.model, trainable, others, _take(feed, "x"), training=False
-                )
+                output, _, _ = call(self.model, trainable, others, _take(feed, "x"), training=False)
             return {"output": tf.identity(output)}
 
         inputs = {spec.name: spec for spec in self._input_specs(batch_size)}
@@ -223,6 +217,7 @@ def graph_of(
         "evaluate": builder.evaluate(evaluation_batch_size),
         "infer": builder.infer(evaluation_batch_size),
     }
+    _refuse_frozen_randomness(functions["train"])
     variables = tuple(builder.travelling)
     names = unique_names([v.path for v in variables])
     initial = {
@@ -231,9 +226,25 @@ def graph_of(
     }
     specs = tuple(TensorSpec(name, "float32", a.shape) for name, a in initial.items())
     return Graph(
-        functions, variables, specs, initial, len(builder.trainable), builder.noise,
+        functions,
+        variables,
+        specs,
+        initial,
+        len(builder.trainable),
+        builder.noise,
         builder.slots(),
     )
+
+
+def _refuse_frozen_randomness(function: Any) -> None:
+    definition = function.graph.as_graph_def()
+    nodes = [*definition.node, *(n for f in definition.library.function for n in f.node_def)]
+    for node in nodes:
+        if node.op.startswith(("Random", "StatelessRandom", "Multinomial")):
+            raise LocalError(
+                f"{node.op} in {node.name.rpartition('/')[0] or 'the model'} would draw the same "
+                "numbers on every device, at every start: use keras.random instead of tf.random"
+            )
 
 
 def unique_names(names: list[str]) -> list[str]:

@@ -22,9 +22,14 @@ Values = Callable[[Any, Any], Any]
 
 _INTEGER_LOSSES = ("SparseCategoricalCrossentropy", "sparse_categorical_crossentropy")
 _SHARE_LOSSES = (
-    "BinaryCrossentropy", "binary_crossentropy", "BinaryFocalCrossentropy",
-    "binary_focal_crossentropy", "CategoricalCrossentropy", "categorical_crossentropy",
-    "CategoricalFocalCrossentropy", "categorical_focal_crossentropy",
+    "BinaryCrossentropy",
+    "binary_crossentropy",
+    "BinaryFocalCrossentropy",
+    "binary_focal_crossentropy",
+    "CategoricalCrossentropy",
+    "categorical_crossentropy",
+    "CategoricalFocalCrossentropy",
+    "categorical_focal_crossentropy",
 )
 
 
@@ -122,7 +127,7 @@ def _loss_of(model: Any, loss: Any) -> Any:
     except ValueError as error:
         raise LocalError(f"there is no loss {loss!r}: {str(error).splitlines()[0]}") from None
     if not isinstance(found, keras.losses.Loss):
-        name = getattr(found, "__name__", "loss").strip("<>")    # of a lambda, too
+        name = getattr(found, "__name__", "loss").strip("<>")  # of a lambda, too
         found = keras.src.losses.losses.LossFunctionWrapper(found, name=name)
     if found.reduction in (None, "none"):
         raise LocalError(

@@ -30,7 +30,7 @@ class Rule:
     initial: float = 0.0
     counts_steps: bool = False
     weight_decay: float = 0.0
-    clip_norm: float = 0.0        # a default for the task: the device may be told another
+    clip_norm: float = 0.0  # a default for the task: the device may be told another
 
     def apply(
         self, weights: list[Any], gradients: list[Any], state: list[Any], rate: Any

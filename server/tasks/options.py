@@ -27,9 +27,9 @@ class TaskOptions:
     proximal_mu: float = 0.0
     clip_norm: float | None = None
     keep_optimiser_state: bool = False
-    loss: Any = None                    # a name, function or keras.losses.Loss
-    optimiser: Any = None               # a name or keras.optimizers.Optimizer
+    loss: Any = None  # a name, function or keras.losses.Loss
+    optimiser: Any = None  # a name or keras.optimizers.Optimizer
     metrics: tuple[Any, ...] | None = None
-    label: TensorSpec | None = None     # one sample's label, where the loss does not tell
+    label: TensorSpec | None = None  # one sample's label, where the loss does not tell
     label_names: tuple[str, ...] = ()
     preprocessing: tuple[Preprocessing, ...] = ()

@@ -15,7 +15,7 @@ from server.tasks.reshaping import resize_rows, spread
 
 __all__ = ["GRADIENTS", "Axis", "axes_of", "fit", "spread_2d", "tap"]
 
-_LOWEST = -3.0e38   # below every activation, and far enough from infinity to subtract
+_LOWEST = -3.0e38  # below every activation, and far enough from infinity to subtract
 
 
 class Axis(NamedTuple):
@@ -71,9 +71,7 @@ def tap(padded: Any, axes: tuple[Axis, Axis], i: int, j: int) -> Any:
 def spread_2d(taps: list[list[Any]], axes: tuple[Axis, Axis]) -> Any:
     """Add taps[i][j] back to where `tap` read them: the gradient of `fit` and `tap`."""
     h, w = axes
-    rows = [
-        spread(row, stride=w.stride, size=_reach(w), axis=2) for row in taps
-    ]
+    rows = [spread(row, stride=w.stride, size=_reach(w), axis=2) for row in taps]
     whole = spread(rows, stride=h.stride, size=_reach(h), axis=1)
     return tf.slice(whole, [0, h.before, w.before, 0], [whole.shape[0], h.size, w.size, -1])
 
@@ -98,7 +96,7 @@ def _max_pool(op: Any, g: Any) -> Any:
     x, y = op.inputs[0], op.outputs[0]
     axes = _pool_axes(op)
     padded = fit(x, axes, _LOWEST)
-    left = g    # what no maximum has taken yet: each window's first one takes all of it
+    left = g  # what no maximum has taken yet: each window's first one takes all of it
     taps: list[list[Any]] = []
     for i in range(axes[0].kernel):
         taps.append([])

@@ -101,8 +101,10 @@ def _put_back(g: Any, taken: range, axis: int, shape: list[int]) -> Any:
 def _taken(op: Any, shape: list[int]) -> list[range]:
     """Return, for each axis of the input, the rows that the slice took."""
     begin, end, strides = (np.atleast_1d(tf.get_static_value(t)) for t in op.inputs[1:4])
-    bit = {name: op.get_attr(name) for name in
-           ("begin_mask", "end_mask", "ellipsis_mask", "new_axis_mask", "shrink_axis_mask")}
+    bit = {
+        name: op.get_attr(name)
+        for name in ("begin_mask", "end_mask", "ellipsis_mask", "new_axis_mask", "shrink_axis_mask")
+    }
     new_axes = bin(bit["new_axis_mask"]).count("1")
     taken: list[range] = []
     for i in range(len(begin)):

@@ -46,10 +46,10 @@ class Subject:
 class Reference:
     """What Keras made of the same steps."""
 
-    start: tuple[Array, ...]        # weights, in task order
+    start: tuple[Array, ...]  # weights, in task order
     weights: tuple[Array, ...]
     losses: tuple[float, ...]
-    faint: tuple[Array, ...]        # where the gradient was too small to have a sure sign
+    faint: tuple[Array, ...]  # where the gradient was too small to have a sure sign
     output: Array
     evaluation: tuple[float, ...]
 
@@ -101,8 +101,7 @@ def differences(task: Task, keras_side: Reference, device: Result) -> dict[str, 
     Each tensor is measured against its own change, a hundredth of its values, and a tenth
     of the largest change anywhere: below that, float32 has nothing to say.
     """
-    moved = [np.abs(k - s).max() for k, s in
-             zip(keras_side.weights, keras_side.start, strict=True)]
+    moved = [np.abs(k - s).max() for k, s in zip(keras_side.weights, keras_side.start, strict=True)]
     floor = max(0.1 * max(moved), 1e-7)
     found = {}
     for i, spec in enumerate(task.weights):
@@ -111,9 +110,7 @@ def differences(task: Task, keras_side: Reference, device: Result) -> dict[str, 
         scale = max(moved[i], floor, 0.01 * np.abs(wanted).max())
         found[spec.name] = float(gap / scale)
     found["loss"] = _relative(device.arrays["losses"], np.array(keras_side.losses))
-    found["evaluation"] = _relative(
-        device.arrays["evaluation"], np.array(keras_side.evaluation)
-    )
+    found["evaluation"] = _relative(device.arrays["evaluation"], np.array(keras_side.evaluation))
     found["output"] = _relative(device.arrays["output"], keras_side.output)
     return found
 
@@ -129,14 +126,12 @@ def _settings(task: Task) -> Training:
 
 def _fresh(optimiser: Any, settings: Training) -> Any:
     new = type(optimiser).from_config(optimiser.get_config())
-    new.global_clipnorm = None      # the task clips by its own setting
+    new.global_clipnorm = None  # the task clips by its own setting
     new.learning_rate = settings.learning_rate
     return new
 
 
-def _train(
-    task: Task, subject: Subject, steps: Sequence[Samples], settings: Training
-) -> Reference:
+def _train(task: Task, subject: Subject, steps: Sequence[Samples], settings: Training) -> Reference:
     model, objective = subject.model, subject.objective
     optimiser = _fresh(subject.optimiser, settings)
     start = _values(subject)
@@ -153,8 +148,12 @@ def _train(
         losses.append(float(loss))
     output, evaluation = _judge(model, objective, steps[0])
     return Reference(
-        start, _values(subject), tuple(losses), tuple(faint),
-        output, evaluation,
+        start,
+        _values(subject),
+        tuple(losses),
+        tuple(faint),
+        output,
+        evaluation,
     )
 
 
@@ -196,13 +195,9 @@ def _mark_faint(faint: list[Array], gradients: list[Any]) -> None:
         mask |= np.abs(gradient.numpy()).reshape(mask.shape) < 1e-4 * largest
 
 
-def _judge(
-    model: Any, objective: Objective, step: Samples
-) -> tuple[Array, tuple[float, ...]]:
+def _judge(model: Any, objective: Objective, step: Samples) -> tuple[Array, tuple[float, ...]]:
     output = model(_fed(model, step), training=False)
-    sums, counts = objective.sums(
-        tf.constant(step.labels), output, tf.constant(step.weights)
-    )
+    sums, counts = objective.sums(tf.constant(step.labels), output, tf.constant(step.weights))
     means = (sums / counts).numpy()
     means[0] += sum(float(tf.reduce_sum(p)) for p in model.losses)
     return keras.ops.convert_to_numpy(output), tuple(float(m) for m in means)

@@ -182,7 +182,7 @@ def _moments(original: Callable[..., Any], present: Any) -> Callable[..., Any]:
 
     def moments(layer: Any, inputs: Any, mask: Any) -> Any:
         if inputs.shape[0] != present.shape[0]:
-            return original(layer, inputs, mask)    # time folded into the batch: all rows count
+            return original(layer, inputs, mask)  # time folded into the batch: all rows count
         axes = layer._reduction_axes
         inner = [axis for axis in axes if axis != 0]
         row = tf.reshape(present, [-1] + [1] * (inputs.shape.rank - 1))

@@ -93,9 +93,7 @@ def main(folder: Path, runtime_name: str, repeat: int) -> None:
 def _step(
     runtime: TaskRuntime, state: Any, step: Samples, settings: Training, anchor: Any, seed: int
 ) -> Any:
-    return runtime.train_step(
-        state, step.inputs, step.labels, step.weights, settings, anchor, seed
-    )
+    return runtime.train_step(state, step.inputs, step.labels, step.weights, settings, anchor, seed)
 
 
 if __name__ == "__main__":

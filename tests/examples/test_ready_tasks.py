@@ -71,9 +71,7 @@ def test_the_example_learns_what_no_device_knows_alone(
     plan, weights = shipped(name)
     fleet, runtime = FLEETS[name](), TaskRuntime(plan)
     trainers = [Trainer(runtime, samples_of(name, i)) for i in range(len(fleet.devices))]
-    models = federate(
-        trainers, weights, plan.task.defaults, rounds, 0, cohort=min(fleet.cohort, 5)
-    )
+    models = federate(trainers, weights, plan.task.defaults, rounds, 0, cohort=min(fleet.cohort, 5))
     test = load_samples(fleet.test, plan.task)
     assert runtime.evaluate(models[-1], test).metrics["accuracy"] > reached
 

@@ -57,8 +57,11 @@ def file_for(**changes: object) -> bytes:
 @given(st.binary(max_size=200), st.text(max_size=20), st.integers(1, 9))
 def test_what_is_encoded_is_decoded(tflite: bytes, description: str, batch_size: int) -> None:
     task = task_for(
-        tflite, description=description, batch_size=batch_size,
-        preprocessing=(Window(50, 25),), noise=(Noise("uniform", (4, 2)),),
+        tflite,
+        description=description,
+        batch_size=batch_size,
+        preprocessing=(Window(50, 25),),
+        noise=(Noise("uniform", (4, 2)),),
         optimiser_state=(Slot(TensorSpec("velocity", "float32", (2, 3))),),
     )
     data = encode_plan(task, tflite)

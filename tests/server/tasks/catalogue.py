@@ -220,7 +220,7 @@ def groups(size: int = 6) -> list[tuple[str, list[str]]]:
     """Return (kind, block names) so that each block is in one group; restless ones are alone."""
     found = []
     for kind, blocks in BLOCKS.items():
-        size = min(size, 4) if kind == "sequence" else size     # unrolled layers convert slowly
+        size = min(size, 4) if kind == "sequence" else size  # unrolled layers convert slowly
         calm = [name for name in blocks if name not in STEPS]
         found += [(kind, calm[i : i + size]) for i in range(0, len(calm), size)]
         found += [(kind, [name]) for name in blocks if name in STEPS]
@@ -242,7 +242,7 @@ def side_by_side(kind: str, names: list[str]) -> tuple[Any, Any, dict[str, str]]
             x = L.Dense(4, name=f"{prefix}_before")(x)
         block = BLOCKS[kind][name]
         if isinstance(block, keras.layers.Layer):
-            block = type(block).from_config(block.get_config())     # a fresh one each time
+            block = type(block).from_config(block.get_config())  # a fresh one each time
         y = block(x)
         y = L.Flatten(name=f"{prefix}_flat")(y) if len(y.shape) != 2 else y
         heads.append(L.Dense(3, name=f"{prefix}_head")(y))

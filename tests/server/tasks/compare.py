@@ -56,7 +56,7 @@ def compare(
     start = dict(zip(names, expected.start, strict=True))
     found = {}
     for name in runtimes or installed_runtimes():
-        if name == "tflite-runtime":    # conftest.py imported it before TensorFlow: no detour
+        if name == "tflite-runtime":  # conftest.py imported it before TensorFlow: no detour
             device = worker.train(TaskRuntime(built.plan, prefer=name), start, batches, settings)
         else:
             device = run_on_device(built.plan, start, batches, settings, runtime=name).arrays
@@ -66,7 +66,8 @@ def compare(
         pairs["output"] = device["output"], expected.output
         found[name] = {n: _difference(*pair) for n, pair in pairs.items()}
         moved = [
-            n for n, s, e in zip(names, expected.start, expected.weights, strict=True)
+            n
+            for n, s, e in zip(names, expected.start, expected.weights, strict=True)
             if (s != e).any()
         ]
         assert moved == names, f"training did not change {set(names) - set(moved)}"

@@ -4,7 +4,6 @@ Every block of the catalogue is trained alone here, which takes some minutes; th
 train them in groups.
 """
 
-# ruff: noqa: T201
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +66,12 @@ def main() -> None:
     text = INTRODUCTION.format(
         tensorflow=tf.__version__, keras=keras.__version__, runtimes=", ".join(labels)
     )
-    titles = {"vector": "layers on vectors", "image": "on images", "sequence": "on sequences",
-              "tokens": "on tokens"}
+    titles = {
+        "vector": "layers on vectors",
+        "image": "on images",
+        "sequence": "on sequences",
+        "tokens": "on tokens",
+    }
     for kind, blocks in BLOCKS.items():
         text += table(titles[kind], [block(kind, name) for name in blocks], labels)
     losses = [row(name, 20, compare(small(*LOSSES[name]))) for name in LOSSES]

@@ -87,7 +87,7 @@ def test_verify_compares_on_the_users_own_data(
     assert done.returncode == 0, done.stderr
     for found in json.loads(done.stdout).values():
         assert max(found.values()) < 1e-4
-        assert len(found) == 2 + 3      # two tensors; loss, evaluation, output
+        assert len(found) == 2 + 3  # two tensors; loss, evaluation, output
 
 
 def test_verify_refuses_a_task_of_another_model(model_file: Path) -> None:

@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from keras import layers as L  # noqa: N812
 
 from broker_bridge.errors import LocalError
@@ -147,6 +148,16 @@ def test_what_a_device_cannot_do_is_refused_with_advice(
         x = L.Flatten()(x)
     with pytest.raises(LocalError, match=sentence):
         export(classifier(layers[0], L.Dense(3)(x)), OPTIONS)
+
+
+def test_numbers_that_would_be_frozen_are_refused() -> None:
+    class Noisy(L.Layer):  # type: ignore[misc]
+        def call(self, x: object) -> object:
+            return x + tf.random.uniform([4, 4])  # type: ignore[operator]
+
+    inputs = keras.Input((4,))
+    with pytest.raises(LocalError, match=r"RandomUniform in .*noisy.*use keras\.random"):
+        export(classifier(inputs, L.Dense(3)(Noisy()(inputs))), OPTIONS)
 
 
 def test_a_float64_input_is_refused() -> None:

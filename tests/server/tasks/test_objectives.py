@@ -111,7 +111,7 @@ def test_the_metric_is_what_keras_measures(name: str) -> None:
     found = evaluated(built, Samples((x,), y.astype(built.task.label.dtype), weight))
     model.compile(loss=model.loss, weighted_metrics=[metric])
     expected = model.evaluate(x, y, sample_weight=weight, verbose=0, return_dict=True)
-    del expected["loss"]    # Keras divides it by rows, not by their weights
+    del expected["loss"]  # Keras divides it by rows, not by their weights
     assert list(found.metrics.values()) == pytest.approx(list(expected.values()), rel=1e-5)
 
 
@@ -131,8 +131,10 @@ def test_binary_accuracy_is_chosen_for_one_output() -> None:
 
 
 def evaluated(built: Built, samples: Samples) -> Any:
-    weights = {spec.name: v.numpy() for spec, v in
-               zip(built.task.weights, built.subject.variables, strict=True)}
+    weights = {
+        spec.name: v.numpy()
+        for spec, v in zip(built.task.weights, built.subject.variables, strict=True)
+    }
     return TaskRuntime(built.plan).evaluate(weights, samples)
 
 
@@ -153,9 +155,11 @@ def test_what_cannot_be_trained_or_added_is_refused(name: str) -> None:
         make, options = lambda: small("mse"), TaskOptions(name="s", loss="entropy")
         sentence = "there is no loss 'entropy'"
     elif name == "no loss":
+
         def make() -> Any:
             inputs = keras.Input((5,))
             return keras.Model(inputs, L.Dense(3)(inputs))
+
     with pytest.raises(LocalError, match=sentence):
         export(make(), options)
 
