@@ -65,7 +65,7 @@ class Operator:
             data = json.dumps(self._command | {"id": f"start-{self._attempt}"}).encode()
             self._link.publish(self._topics.ctl, data)
         if self._broker.now_s >= self.resume_at_s:
-            self.resume_at_s = 1e9
+            self.resume_at_s = self._broker.now_s + 5.0
             self.say("resume")
         return event is not None
 
@@ -73,12 +73,18 @@ class Operator:
         self._link.publish(self._topics.ctl, json.dumps({"cmd": command}).encode())
 
     def _hear(self, reply: dict[str, object]) -> None:
+        if reply.get("cmd") == "resume" and self.resume_at_s < 1e9:
+            self.resume_at_s = 1e9
         if reply.get("id") != f"start-{self._attempt}":
             return
         if reply["ok"] or " is open" in str(reply["error"]):
             self.answered = True
         else:
             self._attempt += 1
+
+    def start_again(self) -> None:
+        """Begin another run."""
+        self.answered, self._attempt = False, self._attempt + 1
 
 
 class Federation:
@@ -149,7 +155,12 @@ class Federation:
     @property
     def _patience_s(self) -> float:
         """One round may have been spoilt; the rest have no excuse."""
-        return self.weather.until_s + DEADLINE_S + 60.0 * self.weather.rounds + 60.0
+        return (
+            self.weather.until_s
+            + DEADLINE_S
+            + 60.0 * self.weather.rounds * self.weather.runs
+            + 60.0
+        )
 
     def _strike(self, event: str, machine: Machine) -> None:
         self.oracle._tell(f"── {event} {machine.name}")
@@ -157,12 +168,19 @@ class Federation:
             case "amnesia":
                 self.broker.leave(self.draw.uniform(0, 10), keep=False)
             case "away":
-                self.broker.leave(self.draw.uniform(0, 60), keep=self.draw.random() < 0.5)
+                away_s = min(self.draw.uniform(0, 60), self.weather.until_s - self.broker.now_s)
+                self.broker.leave(away_s, keep=self.draw.random() < 0.5)
             case "drop" if machine.link is not None:
                 machine.link.drop(away_s=self.draw.uniform(0, 20))
             case "kill" | "power" if machine.is_up:
                 machine.crash(event, power=event == "power")
-            case "pause" | "resume":
+            case "copy":
+                self.broker.copy()
+            case "rewind":
+                self.broker.rewind(self.draw.uniform(0, 10))
+            case "corrupt":
+                self.broker.corrupt()
+            case "pause" | "resume" | "stop":
                 self.operator.say(event)
             case "limits":
                 packet_bytes = self.draw.choice((1300, PACKET_BYTES, 4096))
@@ -178,13 +196,19 @@ class Federation:
         if not self._calm or not self.server.is_up or not self.operator.answered:
             return False
         with self.server.database.database.reading() as tx:
-            run = tx.run(1)
-        return run is not None and run.status in ("done", "failed", "stopped")
+            run = tx.latest_run()
+        if run is None or run.status not in ("done", "failed", "stopped"):
+            return False
+        if run.id < self.weather.runs:
+            self.operator.start_again()
+            return False
+        return True
 
     def _outcome(self) -> Outcome:
         with self.server.database.database.reading() as tx:
-            run, rounds = tx.run(1), tx.rounds_of(1)
-        assert run is not None
+            run = tx.latest_run()
+            assert run is not None
+            rounds = [r for number in range(1, run.id + 1) for r in tx.rounds_of(number)]
         story = "\n".join(self.oracle.story)
         return Outcome(
             self.weather.seed, run.status, len(rounds), self.oracle.receipts,

@@ -1,6 +1,7 @@
 """The broker of a simulation: every publish is seen by an observer, and is a point to crash at."""
 
 import random
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ __all__ = ["WatchedBroker"]
 # Small packets, so that small models travel in several.
 PACKET_BYTES = 1536
 REMEMBERED_MAX = 400
+_SEALED = re.compile(r"/(round|task/\d+|model/\d+|up/.*|down/.*)$")
 
 
 class WatchedBroker(MemoryBroker):
@@ -24,6 +26,7 @@ class WatchedBroker(MemoryBroker):
         self.away_until_s = 0.0
         self._draw = draw
         self._said: list[Message] = []
+        self._copy: tuple[dict[str, Message], dict[str, dict[str, None]]] = ({}, {})
 
     def route(self, message: Message) -> None:
         self.strike("publish", message.topic)
@@ -55,6 +58,32 @@ class WatchedBroker(MemoryBroker):
         """Say something old again, as whoever owns the broker may."""
         if self._said:
             super().route(self._draw.choice(self._said))
+
+    def corrupt(self) -> None:
+        """Say something signed or sealed again, with one bit changed."""
+        sealed = [m for m in self._said if _SEALED.search(m.topic) and m.payload]
+        if sealed:
+            old = self._draw.choice(sealed)
+            payload = bytearray(old.payload)
+            payload[self._draw.randrange(len(payload))] ^= 1 << self._draw.randrange(8)
+            super().route(Message(old.topic, bytes(payload), old.retained))
+
+    def copy(self) -> None:
+        """Save what is kept, as a broker does now and then."""
+        filters = {name: dict(session.filters) for name, session in self._sessions.items()}
+        self._copy = dict(self.retained), filters
+
+    def rewind(self, seconds: float) -> None:
+        """Die, and come back with what was last saved: it resumes sessions, and is wrong."""
+        self.leave(seconds, keep=True)
+        self.retained, filters = dict(self._copy[0]), self._copy[1]
+        for name, session in list(self._sessions.items()):
+            if name not in filters:
+                del self._sessions[name]
+                continue
+            session.filters = dict(filters[name])
+            session.waiting.clear()
+            session.unacknowledged.clear()
 
     def calm(self) -> None:
         """Lose, repeat, delay and reorder nothing from now on; new sessions mend what was lost."""

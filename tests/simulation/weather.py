@@ -44,6 +44,7 @@ class Weather:
     target: int
     quorum: int
     optimiser: str
+    runs: int = 1
     evaluators: int = 0
     knows_room: bool = False  # whether the server can ask how much room its disk has
     training_s: float = 5.0
@@ -84,6 +85,7 @@ class Weather:
         def moment() -> float:
             return draw.uniform(0.0, self.until_s)
 
+        self.runs = 1 + some(0.2)
         self.evaluators = int(some(0.25))
         self.knows_room = some(0.5)
         self.loss = draw.uniform(0, 0.3) if some() else 0.0
@@ -116,6 +118,10 @@ _EVENTS = {
     "limits": 0.15,
     "pause": 0.15,
     "resume": 0.15,
+    "stop": 0.03,
+    "copy": 0.3,
+    "rewind": 0.15,
+    "corrupt": 0.4,
 }
 
 
