@@ -52,6 +52,8 @@ _JITTER_DEVICES_PER_S = 200  # pace steering: joins are spread so that so many c
 
 _MB = 1_000_000
 
+_SHARED_BYTES_MAX = 256 * 1024  # updates up to this share a file: one sync for many
+
 Weights = dict[str, NDArray[Any]]
 
 
@@ -122,7 +124,9 @@ class Ledger:
         self._disk = disk
         self._free_bytes = free_bytes  # of the disk that a path is on; None: nobody knows
         self._models = ModelFiles(home.state / "models", disk=disk)
-        self._spool = Spool(home.state / "spool", disk=disk)
+        self._spool = Spool(
+            home.state / "spool", shared_bytes_max=_SHARED_BYTES_MAX, disk=disk, random=random
+        )
         self._optimiser: ServerOptimiser = FedAvg()
         self._optimiser_state: Weights = {}
         self._open: _Open | None = None

@@ -10,6 +10,9 @@ It survives a kill of this process, but a power cut can leave a chunk torn, with
 in place. So whoever opens an update checks every tag, as it must anyway, and calls
 `forget` for a chunk that does not open; it is then missing, and asked for again.
 
+A small update (`shared_bytes_max`) has a slot in one file with others instead of a file of
+its own: a group of them then costs one sync. Nothing else changes. See slots.py.
+
 One thread of one process uses the folder. Chunks are stored as they came: nothing here
 can read them.
 """
@@ -18,7 +21,7 @@ import contextlib
 import os
 import re
 from collections import OrderedDict
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -37,10 +40,13 @@ from broker_bridge.wire.chunks import (
     Layout,
     chunk_header,
 )
+from broker_bridge.wire.envelope import random_bytes
+from server.store.slots import Slots
 
 __all__ = ["Spool"]
 
 _NAME = re.compile(rf"([0-9a-f]{{{2 * TRANSFER_ID_BYTES}}})\.update")
+_SHARED_NAME = "shared.updates"
 _HANDLES_MAX = 64
 _SYNCS_AT_ONCE = 16  # fewer than _HANDLES_MAX: none of their files is closed meanwhile
 _HEADER_BYTES = 24
@@ -63,7 +69,14 @@ class _Held:
 class Spool:
     """The folder of sealed updates. Everything but `uploads` needs the upload to be begun."""
 
-    def __init__(self, folder: Path, *, disk: Disk = REAL_DISK) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        shared_bytes_max: int = 0,
+        disk: Disk = REAL_DISK,
+        random: Callable[[int], bytes] = random_bytes,
+    ) -> None:
         self.folder = folder
         self._disk = disk
         self._held: dict[bytes, _Held] = {}
@@ -72,6 +85,9 @@ class Spool:
         with disk_errors(folder):
             found = [name for name in disk.names(folder) if _NAME.fullmatch(name)]
             self._found = {bytes.fromhex(n[:-7]): disk.size(folder / n) for n in found}
+        self._shared_bytes_max = shared_bytes_max
+        self._slots = Slots(folder / _SHARED_NAME, disk=disk, random=random)
+        self._found |= self._slots.found()
         self._names_synced = False
         self._bytes = sum(self._found.values())
 
@@ -89,9 +105,15 @@ class Spool:
             return
         if len(upload) != TRANSFER_ID_BYTES:
             raise ValueError(f"an upload id is {TRANSFER_ID_BYTES} bytes")
+        if upload in self._slots and self._slots.layout(upload) != layout:
+            self._bytes -= self._found.pop(upload)
+            self._slots.give_back(upload)
         new = upload not in self._found
         held = _Held(layout, set() if new else self.present(upload, layout))
-        self._open(upload, create=True)
+        if new and held.file_bytes <= self._shared_bytes_max:
+            new = self._slots.take(upload, layout)  # a new name only if the file is new
+        elif upload not in self._slots:
+            self._open(upload, create=True)
         self._names_synced = self._names_synced and not new
         self._bytes += held.file_bytes - self._found.pop(upload, 0)
         self._held[upload] = held
@@ -110,7 +132,8 @@ class Spool:
         if index in held.present:
             return False
         with disk_errors(self._path(upload)):
-            write_all(self._open(upload), chunk, _start(held.layout, index), disk=self._disk)
+            fd, base = self._place(upload)
+            write_all(fd, chunk, base + _start(held.layout, index), disk=self._disk)
         held.present.add(index)
         held.fresh.add(index)
         held.clean = False
@@ -121,12 +144,9 @@ class Spool:
         held = self._held[upload]
         with disk_errors(self._path(upload)):
             if index in held.present:
-                write_all(
-                    self._open(upload),
-                    bytes(_HEADER_BYTES),
-                    _start(held.layout, index),
-                    disk=self._disk,
-                )
+                fd, base = self._place(upload)
+                start = base + _start(held.layout, index)
+                write_all(fd, bytes(_HEADER_BYTES), start, disk=self._disk)
         held.present.discard(index)
         held.fresh.discard(index)
 
@@ -149,16 +169,18 @@ class Spool:
         if upload not in self._held and upload not in self._found:
             return set()
         with disk_errors(self._path(upload)):
-            fd = self._open(upload)
+            place = self._place(upload)
             size = self._disk.size(self._path(upload))
-            return {i for i in range(layout.count) if self._is_there(fd, size, upload, layout, i)}
+            there = range(layout.count)
+            return {i for i in there if self._is_there(place, size, upload, layout, i)}
 
     def chunks(self, upload: bytes, layout: Layout) -> Iterator[bytes]:
         """Yield every chunk in order, as it was put. Only of a `complete` upload."""
         for index in range(layout.count):
             with disk_errors(self._path(upload)):
                 length = layout.size(index) + CHUNK_OVERHEAD_BYTES
-                chunk = self._disk.pread(self._open(upload), length, _start(layout, index))
+                fd, base = self._place(upload)
+                chunk = self._disk.pread(fd, length, base + _start(layout, index))
             yield chunk
 
     # ── Many uploads ────────────────────────────────────────────────────────────────────
@@ -170,6 +192,10 @@ class Spool:
         the chunks of the one that failed are missing again.
         """
         waiting = [upload for upload in uploads if not self._held[upload].clean]
+        shared = [upload for upload in waiting if upload in self._slots]
+        if shared:
+            self._sync_shared(shared)
+        waiting = [upload for upload in waiting if upload not in self._slots]
         for start in range(0, len(waiting), _SYNCS_AT_ONCE):
             self._sync_files(waiting[start : start + _SYNCS_AT_ONCE])
         if not self._names_synced:
@@ -185,6 +211,21 @@ class Spool:
             if error is not None:
                 with disk_errors(self._path(upload)):
                     raise error
+
+    def _sync_shared(self, uploads: list[bytes]) -> None:
+        (error,) = self._disk.fdatasync([self._slots.file])
+        if error is None:
+            for upload in uploads:
+                self._synced(upload)
+            return
+        # It may be any page of the file, so nothing that was put since is to be trusted.
+        for upload in [each for each in self._held if each in self._slots]:
+            if not self._held[upload].clean:
+                self._distrust(upload)
+                with contextlib.suppress(LocalError):
+                    self._slots.write_again(upload)
+        with disk_errors(self._slots.path):
+            raise error
 
     def _synced(self, upload: bytes) -> None:
         held = self._held[upload]
@@ -207,6 +248,9 @@ class Spool:
         """Remove an upload, if it is here. It may be back after a power cut: see `clear`."""
         held = self._held.pop(upload, None)
         self._bytes -= held.file_bytes if held else self._found.pop(upload, 0)
+        if upload in self._slots:
+            self._slots.give_back(upload)
+            return
         handle = self._handles.pop(upload, None)
         path = self._path(upload)
         with disk_errors(path):
@@ -235,11 +279,18 @@ class Spool:
         """Close the files. Nothing is written: what was not synced was not promised."""
         while self._handles:
             self._disk.close(self._handles.popitem()[1])
+        self._slots.close()
 
     # ── Files ───────────────────────────────────────────────────────────────────────────
 
     def _path(self, upload: bytes) -> Path:
-        return self.folder / f"{upload.hex()}.update"
+        return self._slots.path if upload in self._slots else self.folder / f"{upload.hex()}.update"
+
+    def _place(self, upload: bytes) -> tuple[int, int]:
+        """The file with this update, and where in it the update starts."""
+        if upload in self._slots:
+            return self._slots.place(upload)
+        return self._open(upload), 0
 
     def _open(self, upload: bytes, *, create: bool = False) -> int:
         """The upload's file; the one unused for longest is closed when too many are open."""
@@ -255,9 +306,12 @@ class Spool:
             self._handles.move_to_end(upload)
         return fd
 
-    def _is_there(self, fd: int, size: int, upload: bytes, layout: Layout, index: int) -> bool:
+    def _is_there(
+        self, place: tuple[int, int], size: int, upload: bytes, layout: Layout, index: int
+    ) -> bool:
         """Whether the header of chunk `index` is in its place, and the file long enough for it."""
-        start = _start(layout, index)
+        fd, base = place
+        start = base + _start(layout, index)
         end = start + layout.size(index) + CHUNK_OVERHEAD_BYTES
         head = self._disk.pread(fd, CHUNK_OVERHEAD_BYTES, start)
         if end > size or len(head) < CHUNK_OVERHEAD_BYTES:

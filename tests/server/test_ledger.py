@@ -141,7 +141,7 @@ def test_a_chunk_torn_on_our_disk_is_asked_for_again(world):
     a.send(sealed, range(11))
     (path,) = (world.home.state / "spool").iterdir()
     data = bytearray(path.read_bytes())
-    data[3 * len(sealed.chunks[0]) + 500] ^= 1
+    data[data.index(sealed.chunks[3]) + 500] ^= 1
     path.write_bytes(data)
     (ack,) = a.send(sealed, [11])
     assert ack.status == "resend"

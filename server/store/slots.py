@@ -1,0 +1,177 @@
+"""Many small updates in one file, so that a group of them needs one sync and no new file.
+
+A slot is a header of 64 bytes (whose it is, and how its update is cut) and room for the
+sealed update, in whole blocks of 4096 bytes, so that no write to one slot can tear
+another. A restart finds the slots by their headers; a header that the disk lost is passed
+over block by block. What is in a slot is ciphertext that a device chose, so headers carry
+a digest under a secret of the file: no update can contain one.
+
+The file goes when its last slot is given back. Nothing is durable before a sync.
+"""
+
+import hashlib
+import os
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from broker_bridge.disk import Disk, disk_errors, write_all
+from broker_bridge.errors import LocalError, PeerError
+from broker_bridge.wire.chunks import CHUNK_OVERHEAD_BYTES, Layout
+
+__all__ = ["Slots"]
+
+_BLOCK_BYTES = 4096
+_HEADER = struct.Struct("<4sI8sQQ")  # magic, in use, upload, total bytes, body bytes
+_HEADER_BYTES = 64
+_MAGIC = b"mgsl"
+_SECRET_BYTES = 32
+
+
+@dataclass(frozen=True)
+class _Slot:
+    start: int
+    layout: Layout
+
+    @property
+    def size_bytes(self) -> int:
+        sealed = self.layout.total_bytes + self.layout.count * CHUNK_OVERHEAD_BYTES
+        return -(-(_HEADER_BYTES + sealed) // _BLOCK_BYTES) * _BLOCK_BYTES
+
+
+class Slots:
+    """The file `path`, which is there while a slot is in use."""
+
+    def __init__(self, path: Path, *, disk: Disk, random: Callable[[int], bytes]) -> None:
+        """Find what an earlier process left. Raises LocalError."""
+        self.path = path
+        self._disk = disk
+        self._random = random
+        self._fd = -1
+        self._secret = b""
+        self._end = _BLOCK_BYTES
+        self._slots: dict[bytes, _Slot] = {}
+        self._free: dict[int, list[int]] = {}
+        with disk_errors(path):
+            if disk.exists(path):
+                self._fd = disk.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+                self._scan()
+                if not self._slots:
+                    self._remove()
+
+    def __contains__(self, upload: bytes) -> bool:
+        return upload in self._slots
+
+    def found(self) -> dict[bytes, int]:
+        """The uploads that have a slot, and how many bytes each takes."""
+        return {
+            upload: slot.layout.total_bytes + slot.layout.count * CHUNK_OVERHEAD_BYTES
+            for upload, slot in self._slots.items()
+        }
+
+    def layout(self, upload: bytes) -> Layout:
+        """How the update in this slot is cut."""
+        return self._slots[upload].layout
+
+    def take(self, upload: bytes, layout: Layout) -> bool:
+        """Give an upload a slot; say whether the file is new. Raises DiskFullError, LocalError."""
+        new = self._fd < 0
+        with disk_errors(self.path):
+            if new:
+                self._create()
+            size = _Slot(0, layout).size_bytes
+            free = self._free.get(size)
+            slot = _Slot(free[-1] if free else self._end, layout)
+            if free:  # chunks of before must not be taken for chunks of now
+                write_all(self._fd, bytes(size), slot.start, disk=self._disk)
+            self._write_header(slot, upload, in_use=1)
+        if free:
+            free.pop()
+        else:
+            self._end += size
+        self._slots[upload] = slot
+        return new
+
+    def place(self, upload: bytes) -> tuple[int, int]:
+        """The descriptor, and where in the file the sealed update starts."""
+        return self._fd, self._slots[upload].start + _HEADER_BYTES
+
+    @property
+    def file(self) -> int:
+        """The descriptor; valid while a slot is in use."""
+        return self._fd
+
+    def give_back(self, upload: bytes) -> None:
+        """The slot is free for another. Raises LocalError."""
+        slot = self._slots.pop(upload)
+        with disk_errors(self.path):
+            if self._slots:
+                self._write_header(slot, upload, in_use=0)
+                self._free.setdefault(slot.size_bytes, []).append(slot.start)
+                return
+            self._remove()
+
+    def write_again(self, upload: bytes) -> None:
+        """Write what says whose slot this is once more: a sync failed since. Raises LocalError."""
+        with disk_errors(self.path):
+            write_all(self._fd, self._secret, 0, disk=self._disk)
+            self._write_header(self._slots[upload], upload, in_use=1)
+
+    def _remove(self) -> None:
+        self.close()
+        self._disk.unlink(self.path)
+        self._free.clear()
+        self._end = _BLOCK_BYTES
+
+    def close(self) -> None:
+        """Close the file; nothing is written."""
+        if self._fd >= 0:
+            self._disk.close(self._fd)
+            self._fd = -1
+
+    # ── The file ────────────────────────────────────────────────────────────────────────
+
+    def _create(self) -> None:
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        fd = self._disk.open(self.path, flags, 0o600)
+        self._secret = self._random(_SECRET_BYTES)
+        try:
+            write_all(fd, self._secret, 0, disk=self._disk)
+        except OSError:
+            self._disk.close(fd)
+            raise
+        self._fd = fd
+
+    def _write_header(self, slot: _Slot, upload: bytes, *, in_use: int) -> None:
+        fields = _HEADER.pack(
+            _MAGIC, in_use, upload, slot.layout.total_bytes, slot.layout.body_bytes
+        )
+        write_all(self._fd, fields + self._digest(fields, slot.start), slot.start, disk=self._disk)
+
+    def _digest(self, fields: bytes, start: int) -> bytes:
+        return hashlib.sha256(self._secret + fields + start.to_bytes(8, "little")).digest()
+
+    def _scan(self) -> None:
+        self._secret = self._disk.pread(self._fd, _SECRET_BYTES, 0)
+        size, start = self._disk.size(self.path), _BLOCK_BYTES
+        while start < size:
+            start += self._find(start)
+        self._end = max(start, _BLOCK_BYTES)
+
+    def _find(self, start: int) -> int:
+        """Take in the slot that begins here, if one does; return how far to go on."""
+        head = self._disk.pread(self._fd, _HEADER_BYTES, start)
+        fields = head[: _HEADER.size]
+        if len(head) < _HEADER_BYTES or head[_HEADER.size :] != self._digest(fields, start):
+            return _BLOCK_BYTES
+        _, in_use, upload, total_bytes, body_bytes = _HEADER.unpack(fields)
+        try:
+            slot = _Slot(start, Layout(total_bytes, body_bytes))
+        except PeerError as error:
+            raise LocalError(f"{self.path} is damaged: {error}") from None
+        if in_use:
+            self._slots[upload] = slot
+        else:
+            self._free.setdefault(slot.size_bytes, []).append(start)
+        return slot.size_bytes

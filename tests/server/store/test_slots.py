@@ -1,0 +1,188 @@
+"""Small updates in one file: whatever is true of a file of one's own is true of a slot."""
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from broker_bridge.disk import RealDisk
+from broker_bridge.errors import LocalError
+from broker_bridge.wire.chunks import CHUNK_OVERHEAD_BYTES, Layout, seal_chunks
+from broker_bridge.wire.envelope import ChunkKey
+from server.store.spool import Spool
+
+KEY = ChunkKey(b"k" * 32)
+LAYOUT = Layout(total_bytes=9_500, body_bytes=1_000)
+SHARED = 64 * 1024
+
+
+def name(number: int) -> bytes:
+    return number.to_bytes(8, "big")
+
+
+def sealed(upload: bytes, layout: Layout = LAYOUT) -> list[bytes]:
+    message = (upload * (layout.total_bytes // 8 + 1))[: layout.total_bytes]
+    return list(seal_chunks(message, layout, transfer=upload, key=KEY))
+
+
+def opened(folder: Path, disk: RealDisk | None = None) -> Spool:
+    return Spool(folder, shared_bytes_max=SHARED, disk=disk or RealDisk())
+
+
+def filled(folder: Path, count: int = 3) -> Spool:
+    spool = opened(folder)
+    for number in range(count):
+        put(spool, name(number))
+    return spool
+
+
+def put(spool: Spool, upload: bytes, layout: Layout = LAYOUT) -> None:
+    spool.begin(upload, layout)
+    for index, chunk in enumerate(sealed(upload, layout)):
+        spool.put(upload, index, chunk)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 3), st.integers(0, LAYOUT.count - 1)), max_size=40),
+    st.sets(st.integers(0, 39)),
+    st.sets(st.integers(0, 39)),
+)
+def test_chunks_of_many_in_any_order_with_drops_and_restarts_anywhere(
+    tmp_path_factory: pytest.TempPathFactory,
+    order: list[tuple[int, int]],
+    restarts: set[int],
+    drops: set[int],
+) -> None:
+    folder = tmp_path_factory.mktemp("spool")
+    spool = opened(folder)
+    there: dict[bytes, set[int]] = {}
+    for step, (number, index) in enumerate(order):
+        upload = name(number)
+        if step in restarts:
+            spool.close()
+            spool = opened(folder)
+            for each in there:
+                spool.begin(each, LAYOUT)
+        if step in drops:
+            spool.drop(upload)
+            there.pop(upload, None)
+            continue
+        spool.begin(upload, LAYOUT)
+        spool.put(upload, index, sealed(upload)[index])
+        there.setdefault(upload, set()).add(index)
+        assert spool.uploads() == set(there)
+        for each, indices in there.items():
+            assert spool.present(each, LAYOUT) == indices
+    assert spool.bytes_held == len(there) * (9_500 + LAYOUT.count * CHUNK_OVERHEAD_BYTES)
+    for upload in there:
+        for index in spool.missing(upload):
+            spool.put(upload, index, sealed(upload)[index])
+        assert list(spool.chunks(upload, LAYOUT)) == sealed(upload)
+    spool.close()
+
+
+def test_small_updates_share_a_file_and_a_large_one_has_its_own(tmp_path: Path) -> None:
+    spool = filled(tmp_path)
+    assert names(tmp_path) == ["shared.updates"]
+    put(spool, name(9), Layout(SHARED, 1_000))
+    assert names(tmp_path) == [f"{name(9).hex()}.update", "shared.updates"]
+    spool.sync([name(0), name(9)])
+    spool.clear()
+    assert names(tmp_path) == []
+
+
+def test_a_group_costs_one_sync(tmp_path: Path) -> None:
+    class Counting(RealDisk):
+        files = 0
+
+        def fdatasync(self, fds):
+            self.files += len(fds)
+            return super().fdatasync(fds)
+
+    disk = Counting()
+    spool = opened(tmp_path, disk)
+    for number in range(40):
+        put(spool, name(number))
+    spool.sync([name(number) for number in range(40)])
+    assert disk.files == 1
+
+
+def test_the_place_of_a_dropped_update_is_used_again(tmp_path: Path) -> None:
+    spool = filled(tmp_path)
+    blocks = -(-(tmp_path / "shared.updates").stat().st_size // 4096)
+    for number in range(1, 100):
+        spool.drop(name(number))
+        put(spool, name(number + 2))
+    assert (tmp_path / "shared.updates").stat().st_size <= blocks * 4096
+    assert list(spool.chunks(name(0), LAYOUT)) == sealed(name(0))
+    again = opened(tmp_path)
+    assert again.uploads() == {name(0), name(100), name(101)}
+
+
+def test_an_update_that_comes_back_cut_otherwise_starts_anew(tmp_path: Path) -> None:
+    filled(tmp_path).close()
+    spool = opened(tmp_path)
+    spool.begin(name(1), Layout(9_500, 900))
+    assert spool.lacks(name(1)) == 11
+    assert spool.uploads() == {name(0), name(1), name(2)}
+
+
+def test_a_header_that_the_disk_lost_hides_no_other_update(tmp_path: Path) -> None:
+    spool = filled(tmp_path)
+    fd, start = spool._slots.place(name(1))
+    os.pwrite(fd, bytes(64), start - 64)
+    spool.close()
+    again = opened(tmp_path)
+    assert again.uploads() == {name(0), name(2)}
+    again.begin(name(2), LAYOUT)
+    assert list(again.chunks(name(2), LAYOUT)) == sealed(name(2))
+
+
+def test_an_update_cannot_contain_a_header_of_another(tmp_path: Path) -> None:
+    spool = filled(tmp_path)
+    fd, victim = spool._slots.place(name(2))
+    header = os.pread(fd, 64, victim - 64)
+    spool.close()
+    # The device whose update is in slot 1 copies a true header to where one could begin, and
+    # the disk loses the header of its own slot.
+    file = tmp_path / "shared.updates"
+    data = bytearray(file.read_bytes())
+    slot = len(data) // 4096 // 3 * 4096
+    data[slot + 4096 : slot + 4096 + 64] = bytes(64)
+    data[slot + 8192 : slot + 8192 + 64] = header
+    file.write_bytes(data)
+    again = opened(tmp_path)
+    again.begin(name(2), LAYOUT)
+    assert list(again.chunks(name(2), LAYOUT)) == sealed(name(2))
+
+
+def test_after_a_sync_that_failed_everything_since_is_asked_for_again(tmp_path: Path) -> None:
+    class Failing(RealDisk):
+        fails = False
+
+        def fdatasync(self, fds):
+            return [OSError(5, "EIO")] * len(fds) if self.fails else super().fdatasync(fds)
+
+    disk = Failing()
+    spool = opened(tmp_path, disk)
+    put(spool, name(0))
+    spool.sync([name(0)])
+    put(spool, name(1))
+    put(spool, name(2))
+    disk.fails = True
+    with pytest.raises(LocalError, match=r"shared\.updates"):
+        spool.sync([name(1)])
+    disk.fails = False
+    assert spool.complete(name(0))
+    assert spool.lacks(name(1)) == spool.lacks(name(2)) == LAYOUT.count
+    put(spool, name(1))
+    spool.sync([name(1)])
+    again = opened(tmp_path)
+    again.begin(name(1), LAYOUT)
+    assert list(again.chunks(name(1), LAYOUT)) == sealed(name(1))
