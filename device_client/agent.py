@@ -29,6 +29,7 @@ from broker_bridge.wire.messages import (
     Go,
     Init,
     Need,
+    NeedBlob,
     Presence,
 )
 from broker_bridge.wire.topics import DownTopic, Topics
@@ -220,8 +221,7 @@ class Agent:
                 if resumed and before:
                     # The broker may have been started again from an old copy of its state,
                     # and know our session with other filters than we have now.
-                    wanted = [self._filter(kind) for kind in self._collecting]
-                    self._link.subscribe([*self._asking_for, *wanted])
+                    self._link.subscribe(self._asking_for)
                 return [ev.LinkUp(limits.packet_bytes_max, limits.inflight_max)]
             case Disconnected(reason):
                 log.warning("connection lost: %s", reason)
@@ -326,6 +326,9 @@ class Agent:
         kind = {"Join": "join", "Init": "init", "NeedBlob": "need", "Report": "report"}[
             type(message).__name__
         ]
+        if isinstance(message, NeedBlob) and message.kind in self._collecting:
+            # After a silence only: each time, the broker sends all of it again.
+            self._link.subscribe([self._filter(message.kind)])
         signed = messages.signed(self.identity.keys.sign, kind, self.identity.scope, message)
         self._publish(kind, signed)
 

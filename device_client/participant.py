@@ -128,9 +128,7 @@ class Participant:
                 return self._tick()
             case LinkUp():
                 self._limits, self._connected, self._tries = event, True, 0
-                if self.state is State.UPLOADING:
-                    return self._upload()
-                return self._ask_again() if self.state in _ASKING else []
+                return self._connected_again()
             case LinkDown():
                 self._connected = False
                 return []
@@ -170,9 +168,19 @@ class Participant:
             return self._announced_again(announcement)
         return self._opened(announcement, digest)
 
+    def _connected_again(self) -> list[Effect]:
+        match self.state:
+            case State.JOINING:
+                return self._ask_again()
+            case State.UPLOADING:
+                return self._upload()
+            case State.FETCHING:
+                self._heard()  # the broker goes on by itself; asked for, all would come again
+        return []
+
     def _announced_again(self, announcement: Announcement) -> list[Effect]:
         """The server or the broker came back: what we asked for last may be lost with it."""
-        if self.state in _ASKING:
+        if self.state in (State.JOINING, State.UPLOADING):
             soon_s = max(self._now_s, self._asked_s + _AGAIN_S)
             self._at_s = min(self._at_s, soon_s + self._draw() * announcement.jitter_s)
         return []

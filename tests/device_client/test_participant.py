@@ -402,6 +402,15 @@ def test_an_update_cut_for_larger_packets_than_the_broker_takes_now_is_made_anew
     assert kinds(made.step(Trained(1))) == [Seal]
 
 
+def test_a_new_connection_does_not_begin_a_fetch_from_the_start() -> None:
+    """On a line that breaks every few seconds it would never come to its end."""
+    made = at(State.FETCHING)
+    assert made.step(LinkUp(8192, 20)) == []
+    assert made.step(ROUND) == []
+    assert made.step(Tick(1.0 + SILENCE_S - 0.1)) == []
+    assert kinds(made.step(Tick(1.0 + SILENCE_S))) == [Send]
+
+
 def test_a_server_that_never_answers_is_given_up() -> None:
     made = at(State.JOINING, opening(deadline_s=1e9))
     now, sent = 1.0, 0
