@@ -304,6 +304,7 @@ class Service:
         return [ev.Seen(device, presence)]
 
     def _command(self, message: Message) -> list[ev.Event]:
+        self._accept()  # a stop must not take the round from under what is already complete
         if message.retained:
             raise PeerError("retained_command", "a retained command would start again by itself")
         try:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from broker_bridge.wire.chunks import Layout, seal_chunks
+from broker_bridge.link.base import Message
+from broker_bridge.wire.chunks import Layout, chunk_header, seal_chunks
 from broker_bridge.wire.envelope import ChunkKey
 from broker_bridge.wire.messages import Init
 from broker_bridge.wire.update import SealedUpdate
@@ -116,3 +117,24 @@ def an_init() -> Init:
         round=1, announcement=bytes(32), upload=UPLOAD, enc=bytes(32), total_bytes=1000,
         body_bytes=400, tags=bytes(32), examples=1, train_s=0.0, metrics={},
     )  # fmt: skip
+
+
+def test_a_stop_that_comes_with_the_last_chunk_ends_the_run() -> None:
+    """The round was abandoned with an update between disk and sum, and the server crashed."""
+    federation = Federation(Weather.calm(devices=2, rounds=1))
+    told, turn, sent = federation.broker.observe, federation.server.step, []
+
+    def observe(message: Message) -> None:
+        told(message)
+        if message.topic.endswith("/data") and chunk_header(message.payload).index == 2:
+            sent.append(message)
+
+    def stop_behind_the_last_chunk(event: object) -> None:
+        if sent:
+            sent.clear()
+            federation.operator.say("stop")
+        turn(event)
+
+    federation.broker.observe = observe
+    federation.server.step = stop_behind_the_last_chunk
+    assert federation.run().status == "stopped"
