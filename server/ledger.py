@@ -357,7 +357,8 @@ class Ledger:
 
     def check_room(self, wanted_bytes: int = 0) -> None:
         """Raise DiskFullError when the disk has less room than is kept for models and receipts."""
-        least = self._config.limits.disk_free_mb_min * _MB
+        # At the least what the next model and its receipts take, whatever the settings say.
+        least = max(self._config.limits.disk_free_mb_min * _MB, 2 * len(self.model_bytes) + _MB)
         free = None if self._free_bytes is None else self._free_bytes(self._home.state)
         if free is not None and free - wanted_bytes < least:
             raise DiskFullError(
