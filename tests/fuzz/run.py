@@ -75,7 +75,8 @@ def fuzz_all(minutes: float, only: list[str]) -> int:
 
 def fuzz_one(name: str, seconds: int) -> tuple[int, float, list[Path]]:
     """Run one target in a child; return executions, seconds, and new crashers."""
-    from tests.fuzz.targets import TARGETS, seeds_of
+    from tests.fuzz.target import seeds_of
+    from tests.fuzz.targets import TARGETS
 
     corpus = CORPUS / name
     (corpus / "found").mkdir(parents=True, exist_ok=True)
@@ -116,7 +117,8 @@ def fuzz_here(name: str, options: list[str]) -> int:
     with atheris.instrument_imports(
         include=["broker_bridge", "device_client", "server", "paho", "tomllib"]
     ):
-        from tests.fuzz.targets import TARGETS, check, checked_for_memory
+        from tests.fuzz.target import check, checked_for_memory
+        from tests.fuzz.targets import TARGETS
     from tests.fuzz.mutation import mutate
 
     target = TARGETS[name]
@@ -153,7 +155,8 @@ def limit_memory() -> None:
 
 def replay(path: Path) -> int:
     """Feed one file of the corpus again; a fault shows its traceback."""
-    from tests.fuzz.targets import TARGETS, checked_for_memory
+    from tests.fuzz.target import checked_for_memory
+    from tests.fuzz.targets import TARGETS
 
     path = path.resolve()
     name = path.relative_to(CORPUS).parts[0]

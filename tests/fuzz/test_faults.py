@@ -24,7 +24,9 @@ from device_client.config import DeviceConfig
 from device_client.journal import Journal
 from server.fleet.home import Home
 from tests.broker_bridge.task.test_samples import TASK
-from tests.fuzz.targets import CONNACK_5, TARGETS, TFLITE, Driven, follow, listener, task_seeds
+from tests.fuzz.answering import CONNACK_5, Driven, follow, listener
+from tests.fuzz.contents import TFLITE, task_seeds
+from tests.fuzz.targets import TARGETS
 
 
 def planned(**changes: Any) -> bytes:

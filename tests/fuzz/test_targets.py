@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from broker_bridge.errors import PeerError
 from tests.fuzz.mutation import mutate
-from tests.fuzz.targets import TARGETS, Target, check, checked_for_memory, seeds_of
+from tests.fuzz.target import Target, check, checked_for_memory, seeds_of
+from tests.fuzz.targets import TARGETS
 
 EVERY = pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
 EXAMPLES, SLOW_EXAMPLES = 300, 60

@@ -1,0 +1,80 @@
+"""What updates and blobs hold: weights and tasks."""
+
+import contextlib
+import hashlib
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from broker_bridge.errors import LocalError
+from broker_bridge.task.samples import preprocess
+from broker_bridge.task.taskfile import Plan, Task, decode_plan, decode_task
+from broker_bridge.wire import weights
+from tests.fleets import TASK
+from tests.fuzz.target import CORPUS, split
+from tests.fuzz.wire import SMALL
+
+__all__ = ["TFLITE", "decode_weights", "task", "task_seeds", "weight_seeds"]
+
+
+def decode_weights(data: bytes) -> None:
+    """Raw bytes, and a header that was changed as a list before the values it describes."""
+    mode, rest = split(data, 2)
+    if mode:
+        values = weights.encode(SMALL)[-20:]
+        rest = b"mgw1" + len(rest).to_bytes(4, "little") + rest + values
+    found = weights.decode(rest)
+    assert sum(a.nbytes for a in found.values()) <= len(rest)
+    for array in found.values():
+        assert array.dtype.kind != "f" or np.isfinite(array).all()
+    again = weights.decode(weights.encode(found))
+    assert weights.specs_of(again) == weights.specs_of(found)
+    weights.check(found, weights.specs_of(SMALL))
+
+
+def weight_seeds() -> list[bytes]:
+    header = msgspec.msgpack.encode(weights.specs_of(SMALL))
+    return [b"\x00" + weights.encode(SMALL), b"\x01" + header]
+
+
+TFLITE = b"not a model, but as long as one likes"
+
+
+def task(data: bytes) -> None:
+    """Task files, whole or by header; what the header says is then used as a device uses it."""
+    mode, rest = split(data, 3)
+    if mode == 0:
+        decode_plan(rest)
+        return
+    if mode == 1:
+        decode_task(rest)
+        return
+    file = b"midge-task 1\n" + len(rest).to_bytes(4, "little") + rest
+    _use(decode_plan(file + TFLITE))
+
+
+def _use(plan: Plan) -> None:
+    found: Task = plan.task
+    assert found.parameters >= 0
+    for channels in (1, 6):
+        with contextlib.suppress(LocalError):
+            preprocess(found, np.zeros((60, channels), np.float32))
+
+
+def task_seeds() -> list[bytes]:
+    content = (CORPUS.parents[1] / "broker_bridge" / "task" / "version_1.task").read_bytes()
+    plan, _ = decode_task(content)
+    small = msgspec.to_builtins(plan.task)
+    small |= _as_tflite()
+    wearables = msgspec.to_builtins(decode_task(TASK.read_bytes())[0].task) | _as_tflite()
+    recorded = small | {"preprocessing": [
+        {"step": "window", "samples": 20, "hop": 10},
+        {"step": "standardise", "mean": [0.5] * 6, "scale": [2.0] * 6},
+    ]}  # fmt: skip
+    headers = [msgspec.json.encode(each) for each in (small, wearables, recorded)]
+    return [b"\x00" + content, b"\x01" + content, *(b"\x02" + each for each in headers)]
+
+
+def _as_tflite() -> dict[str, Any]:
+    return {"tflite_digest": hashlib.sha256(TFLITE).hexdigest(), "tflite_bytes": len(TFLITE)}
