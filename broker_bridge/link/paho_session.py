@@ -50,6 +50,7 @@ _RECEIVED_PACKET_BYTES_MAX = 1 * MIB
 _READ_BYTES_MAX = 64 * 1024
 _TRESPASS = "it sent"               # begins what a broker did that no broker may
 _PACKETS_AT_ONCE = 32               # read before the owner gets a turn with the lock
+_GOOD_DEAL_BYTES = 16 * 1024        # more than greetings and a few control messages
 _UNSUPPORTED_VERSION = (0x01, 0x84)                     # MQTT 3.1.1 and MQTT 5 spelling
 _MAY_PASS = (0x03, 0x88, 0x89, 0x97, 0x9C, 0x9D, 0x9F)  # unavailable, busy, quota, moved, rate
 
@@ -130,6 +131,7 @@ class PahoSession(QueuedLink):
                          send_queue_bytes_max=settings.send_queue_bytes_max)
         self._settings = settings
         self._failure: Failure | None = None
+        self._carried_before = 0
         self._is_old = False            # the broker said that it does not speak MQTT 5
         self._delay_s = settings.backoff_first_s
 
@@ -139,6 +141,7 @@ class PahoSession(QueuedLink):
         """Prepare a connection; nothing is sent yet."""
         errors = _LastError("paho", logging.ERROR)
         farewell: list[Failure] = []
+        self._carried_before = self.bytes_sent + self.bytes_received
         return Connection(self._make_client(errors, farewell), errors, farewell,
                           self.connections, time.monotonic())
 
@@ -217,9 +220,12 @@ class PahoSession(QueuedLink):
             # tells how large a packet may be, so it is tried first each time.
             self._protocol = "5.0"
         self._report(failure)
-        # A connection that outlived the wait before it was a success. One that did not
-        # (two clients of one name throwing each other out) must not start again at once.
-        if greeted and time.monotonic() - this.began_s > self._delay_s:
+        # A connection that outlived the wait before it, or carried a good deal over a bad line,
+        # was a success. One that did not (two clients of one name throwing each other out)
+        # must not start again at once.
+        carried = self.bytes_sent + self.bytes_received - self._carried_before
+        lasted = time.monotonic() - this.began_s > self._delay_s
+        if greeted and (lasted or carried >= _GOOD_DEAL_BYTES):
             self._delay_s = self._settings.backoff_first_s
         delay_s = self._delay_s * (0.5 + 0.5 * self._settings.random())
         self._delay_s = min(self._delay_s * 2, self._settings.backoff_max_s)

@@ -125,6 +125,22 @@ def test_a_broker_that_was_going_down_is_not_taken_for_an_old_one_for_ever(plain
         assert (limits.protocol, limits.packet_bytes_max) == ("5.0", 2000)
 
 
+def test_a_line_that_breaks_but_carries_a_good_deal_each_time_is_not_left_alone(
+    plain_broker, links
+):
+    """It would be an hour until an update is through that a minute is enough for."""
+    broker = plain_broker()
+    with Proxy(broker.port) as proxy:
+        link = links(proxy.port, "a", backoff_first_s=0.01, backoff_max_s=10_000.0)
+        event_of(link, Connected)
+        for _ in range(25):             # doubled each time, the wait would be days by now
+            link.publish("t", bytes(50_000))
+            assert link.flush(GIVE_UP_S)
+            proxy.cut()
+            event_of(link, Disconnected)
+            event_of(link, Connected)
+
+
 # ------------------------------------------------------------------ the line stalls
 
 
