@@ -28,7 +28,15 @@ from broker_bridge.wire.chunks import (
     open_chunk,
     tags_digest,
 )
-from broker_bridge.wire.envelope import KEY_BYTES, ChunkKey, KemKey, random_bytes, sha256, verify
+from broker_bridge.wire.envelope import (
+    AEAD_TAG_BYTES,
+    KEY_BYTES,
+    ChunkKey,
+    KemKey,
+    random_bytes,
+    sha256,
+    verify,
+)
 from broker_bridge.wire.messages import Announcement, Blob, Init, RoundSummary, Settings, Until
 from broker_bridge.wire.update import Binding, update_key
 from server import cohort
@@ -52,6 +60,7 @@ _JITTER_DEVICES_PER_S = 200  # pace steering: joins are spread so that so many c
 
 _MB = 1_000_000
 
+_OPENED_BYTES_MAX = 64 * 1024 * 1024  # of updates on their way that are kept as opened, too
 _SHARED_BYTES_MAX = 256 * 1024  # updates up to this share a file: one sync for many
 
 Weights = dict[str, NDArray[Any]]
@@ -82,6 +91,7 @@ class _Incoming:
     device: str
     init: Init
     key: ChunkKey
+    opened: dict[int, tuple[bytes, bytes]] = field(default_factory=dict)  # body and tag, by index
 
 
 @dataclass(frozen=True)
@@ -130,6 +140,7 @@ class Ledger:
         self._optimiser: ServerOptimiser = FedAvg()
         self._optimiser_state: Weights = {}
         self._open: _Open | None = None
+        self._opened_bytes = 0
 
     # ── tasks and runs ──────────────────────────────────────────────────────────────────
 
@@ -347,12 +358,15 @@ class Ledger:
         assert this is not None  # noqa: S101 - asked only while a round is open
         if init.upload not in self._spool.uploads():
             self._check_spool(init.layout)
-        binding = Binding(self.keys.federation, device.name, this.digest, init.upload)
-        key = update_key(
-            init.enc, binding, round_key=this.key, sender=device.kem_public, psk=device.psk
-        )
+        incoming = this.uploads.get(init.upload)
+        if incoming is None:
+            binding = Binding(self.keys.federation, device.name, this.digest, init.upload)
+            key = update_key(
+                init.enc, binding, round_key=this.key, sender=device.kem_public, psk=device.psk
+            )
+            incoming = _Incoming(device.name, init, key)
         self._spool.begin(init.upload, init.layout)
-        this.uploads[init.upload] = _Incoming(device.name, init, key)
+        this.uploads[init.upload] = incoming
         return tuple(self._spool.missing(init.upload))
 
     def check_room(self, wanted_bytes: int = 0) -> None:
@@ -384,9 +398,22 @@ class Ledger:
         if incoming is None or incoming.device != device:
             raise PeerError("unasked_upload", f"{device} sent a chunk that nobody asked for")
         incoming.init.layout.check(header, chunk)
-        open_chunk(chunk, incoming.key)
-        self._spool.put(header.transfer, header.index, chunk)
+        body = open_chunk(chunk, incoming.key)
+        if self._spool.put(header.transfer, header.index, chunk):
+            self._remember(incoming, header.index, body, chunk[-AEAD_TAG_BYTES:])
         return header.transfer, self._spool.lacks(header.transfer)
+
+    def _remember(self, incoming: _Incoming, index: int, body: bytes, tag: bytes) -> None:
+        """Keep what was opened, while there is room: else it is read and opened once more."""
+        room = self._opened_bytes + len(body) <= _OPENED_BYTES_MAX
+        if room and index not in incoming.opened:
+            self._opened_bytes += len(body)
+            incoming.opened[index] = body, tag
+
+    def _let_go(self, incoming: _Incoming) -> None:
+        """Forget what was kept of an update."""
+        self._opened_bytes -= sum(len(body) for body, _ in incoming.opened.values())
+        incoming.opened.clear()
 
     def accept(self, effects: Sequence[Accept]) -> list[Accepted | Refused]:
         """Open, check and sum complete updates; put them and their receipts on disk together."""
@@ -413,10 +440,23 @@ class Ledger:
     def _add(self, init: Init) -> None:
         this = self._open
         assert this is not None  # noqa: S101 - asked only while a round is open
-        deltas = weights.decode(self._opened(this.uploads[init.upload]))
+        incoming = this.uploads[init.upload]
+        deltas = weights.decode(self._at_hand(incoming) or self._opened(incoming))
+        self._let_go(incoming)
         weights.check(deltas, this.sum.specs)
         check_update(deltas, delta_bound=this.announcement.delta_bound)
         this.sum.add(deltas, init.examples)
+
+    def _at_hand(self, incoming: _Incoming) -> bytes | None:
+        """The update, if every chunk of it is still in memory as it was opened."""
+        count = incoming.init.layout.count
+        if len(incoming.opened) < count:
+            return None
+        opened = [incoming.opened[index] for index in range(count)]
+        if tags_digest(tag for _, tag in opened) != incoming.init.tags:
+            self._let_go(incoming)
+            raise PeerError("bad_seal", "the chunks are not those that the device committed to")
+        return b"".join(body for body, _ in opened)
 
     def _opened(self, incoming: _Incoming) -> bytes:
         init = incoming.init
@@ -467,14 +507,16 @@ class Ledger:
         """Write down that an upload was rejected, and drop what was stored of it."""
         incoming = self._open.uploads.pop(upload, None) if self._open else None
         if incoming is not None:
+            self._let_go(incoming)
             with self.db.transaction() as tx:
                 tx.add_receipt(self._receipt(device, incoming.init, "rejected", reason[:500]))
         self._spool.drop(upload)
 
     def forget(self, upload: bytes) -> None:
         """Drop what was stored of an attempt that its device replaced by another."""
-        if self._open is not None:
-            self._open.uploads.pop(upload, None)
+        incoming = self._open.uploads.pop(upload, None) if self._open else None
+        if incoming is not None:
+            self._let_go(incoming)
         self._spool.drop(upload)
 
     # ── the end of a round ──────────────────────────────────────────────────────────────
@@ -519,7 +561,7 @@ class Ledger:
 
     def _forget_round(self) -> None:
         """The round is over: its key and its updates go, from the log of the database too."""
-        self._open = None
+        self._open, self._opened_bytes = None, 0
         try:
             self._spool.clear()
             self.db.checkpoint()

@@ -143,6 +143,9 @@ def test_a_chunk_torn_on_our_disk_is_asked_for_again(world):
     data = bytearray(path.read_bytes())
     data[data.index(sealed.chunks[3]) + 500] ^= 1
     path.write_bytes(data)
+    restart(world)
+    (need,) = a.commit(init)
+    assert need.bitmap == b"\x00\x08"
     (ack,) = a.send(sealed, [11])
     assert ack.status == "resend"
     (need,) = a.commit(init)
