@@ -2,8 +2,9 @@
 
 Looks, and changes nothing but what every start of `run` does (a damaged outbox is thrown
 away, PEM files are written again). It may run beside `midge-device run`, whose connection it
-leaves alone. The samples are loaded as `run` would load them, and go nowhere. See
-`broker_bridge.checkup` for the levels.
+leaves alone (unless the broker makes the user name the client id; then it cuts it off once).
+The samples are loaded as `run` would load them, and go nowhere. `broker_bridge.checkup` says
+what the levels mean.
 """
 
 import contextlib

@@ -150,6 +150,14 @@ def _tasks(home: Home, config: ServerConfig) -> Iterator[Finding]:
             "there is no task to train",
             f"put a file made by `midge task build` into {home.folder / 'tasks'}",
         )
+    held_out = config.evaluation.npz
+    if held_out and not Path(held_out).is_file():
+        yield Finding(
+            "tasks",
+            "problem",
+            f"there are no held-out samples at {held_out}",
+            "correct [evaluation] npz in midge.toml",
+        )
     for path in paths:
         yield from guarded("tasks", lambda p=path: _task(p))  # type: ignore[misc]
 

@@ -243,6 +243,12 @@ def test_a_damaged_task_and_no_task_at_all_are_told_apart(healthy):
         path.write_bytes(whole)
 
 
+def test_held_out_samples_that_are_not_there_are_named(alone):
+    path = alone.home.folder / "midge.toml"
+    path.write_text(path.read_text().replace('# npz = "held-out.npz"', 'npz = "/no/such.npz"'))
+    assert "/no/such.npz" in of(look(alone), "tasks").found
+
+
 def test_settings_that_are_wrong_do_not_end_the_report(healthy):
     path = healthy.home.folder / "midge.toml"
     text = path.read_text()
