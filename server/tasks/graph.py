@@ -71,7 +71,7 @@ class _Builder:
             self.noise = tuple(feed.wanted)
             return output
 
-        tf.function(forward).get_concrete_function(*self._input_specs(batch_size))
+        tf.function(forward, autograph=False).get_concrete_function(*self._input_specs(batch_size))
         for i in self.moving:
             if self.others[i].dtype != "float32":
                 raise LocalError(
@@ -109,7 +109,7 @@ class _Builder:
                 return self._step(feed)
 
         arguments = arguments | noise | weights | slots | anchors
-        return tf.function(train).get_concrete_function(**arguments)
+        return tf.function(train, autograph=False).get_concrete_function(**arguments)
 
     def _step(self, feed: dict[str, Any]) -> dict[str, Any]:
         fed = _take(feed, "w")
@@ -160,7 +160,7 @@ class _Builder:
             return {"sums": sums, "counts": counts}
 
         arguments = self._batch_specs(batch_size) | weights
-        return tf.function(evaluate).get_concrete_function(**arguments)
+        return tf.function(evaluate, autograph=False).get_concrete_function(**arguments)
 
     def infer(self, batch_size: int) -> Any:
         weights = self.weight_specs()
@@ -172,7 +172,7 @@ class _Builder:
             return {"output": tf.identity(output)}
 
         inputs = {spec.name: spec for spec in self._input_specs(batch_size)}
-        return tf.function(infer).get_concrete_function(**inputs, **weights)
+        return tf.function(infer, autograph=False).get_concrete_function(**inputs, **weights)
 
     def slots(self) -> tuple[Slot, ...]:
         """Return the optimiser's tensors, weight by weight, then the step counter."""

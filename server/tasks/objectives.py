@@ -99,7 +99,7 @@ def _refuse_misfit(loss: Any, name: str, label: TensorSpec, output: TensorSpec) 
 
     specs = (tf.TensorSpec([2, *spec.shape], spec.dtype) for spec in (label, output))
     try:
-        tf.function(values).get_concrete_function(*specs)
+        tf.function(values, autograph=False).get_concrete_function(*specs)
     except Exception as error:
         raise LocalError(
             f"the loss {name} does not fit the model's output {list(output.shape)} and labels of "
