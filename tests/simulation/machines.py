@@ -32,6 +32,7 @@ from server.fleet.enrolment import Registrar
 from server.fleet.home import Home, ServerKeys
 from server.ledger import Ledger
 from server.service import Service
+from server.store.spool import Spool
 from tests.simulation.disk import Crash, SimulatedDatabase, SimulatedDisk
 from tests.simulation.network import WatchedBroker
 from tests.simulation.weather import Mischief, Weather
@@ -181,6 +182,8 @@ class Server(Machine):
             self.home, self.config, clock=self.wall, random=self.draw.randbytes, disk=self.disk,
             db=db, free_bytes=self._free_bytes if self.weather.knows_room else None,
         )  # fmt: skip
+        if self.weather.large:  # as if these small updates were large ones
+            self.ledger._spool = Spool(self.home.state / "spool", disk=self.disk)
         rules = Rules(
             deadline_s=DEADLINE_S, evaluation_wait_s=5.0, packet_bytes_max=UPDATE_PACKET_BYTES
         )
