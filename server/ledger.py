@@ -37,6 +37,7 @@ from broker_bridge.wire.envelope import (
     sha256,
     verify,
 )
+from broker_bridge.wire.lottery import EVERYONE
 from broker_bridge.wire.messages import Announcement, Blob, Init, RoundSummary, Settings, Until
 from broker_bridge.wire.update import Binding, update_key
 from server import cohort
@@ -57,6 +58,7 @@ log = logging.getLogger("midge.server")
 
 ATTEMPTS_MAX = 8  # uploads a device may begin in one round
 _JITTER_DEVICES_PER_S = 200  # pace steering: joins are spread so that so many come in a second
+_JITTER_BYTES_PER_S = 30e6  # and their updates no faster than two cores take them in
 
 _MB = 1_000_000
 
@@ -307,8 +309,14 @@ class Ledger:
             quorum=effect.quorum,
             lottery_seed=self._random(32),
             lottery_threshold=cohort.threshold(effect.online, effect.target),
-            jitter_s=(effect.online // _JITTER_DEVICES_PER_S) * 1.0,
+            jitter_s=self._jitter_s(effect),
         )
+
+    def _jitter_s(self, effect: OpenRound) -> float:
+        """Pace steering: how long to spread the joins of those who will be drawn."""
+        drawn = effect.online * cohort.threshold(effect.online, effect.target) / EVERYONE
+        in_bytes_s = drawn * len(self.model_bytes) / _JITTER_BYTES_PER_S
+        return float(int(max(drawn / _JITTER_DEVICES_PER_S, in_bytes_s)))
 
     def _settings(self) -> Settings:
         assert self.task is not None  # noqa: S101 - a run has a task
