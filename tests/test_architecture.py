@@ -52,6 +52,9 @@ IMPURE_MODULES = {
     "secrets", "select", "shutil", "signal", "socket", "sqlalchemy", "sqlite3", "ssl",
     "subprocess", "sys", "tempfile", "threading", "time", "uuid",
 }  # fmt: skip
+# A durable file goes through Disk, or the simulation would not see its crashes (decision 0050).
+DURABLE_CALLS = {"os.fdatasync", "os.fsync", "os.pwrite", "os.rename", "os.replace"}
+DISK = "broker_bridge/disk.py"
 IMPURE_CALLS = {"open", "print", "input", "breakpoint"}
 NUMPY_FILES = {
     "fromfile", "genfromtxt", "load", "loadtxt", "memmap", "save", "savetxt", "savez",
@@ -172,6 +175,17 @@ def names(node: ast.AST, name: str) -> bool:
     return False
 
 
+def durable(path: str, source: str) -> list[str]:
+    """What must survive is written, synced and renamed in one place."""
+    return [
+        f"{path} calls {called(node)}: go through {DISK}"
+        for node in ast.walk(ast.parse(source))
+        if not is_in(path, (DISK, "server/tasks/"))  # a task is built again, not recovered
+        and isinstance(node, ast.Call)
+        and called(node) in DURABLE_CALLS
+    ]
+
+
 def documented(path: str, source: str) -> list[str]:
     """A file opens by saying what it promises."""
     return [] if ast.get_docstring(ast.parse(source)) else [f"{path} has no docstring"]
@@ -264,6 +278,8 @@ PLANTED = [
     (pure, "device_client/participant.py", "open('outbox')"),
     (pure, "broker_bridge/wire/chunks.py", "import os"),
     (pure, "broker_bridge/task/taskfile.py", "from pathlib import Path"),
+    (durable, "server/store/spool.py", "import os\nos.fsync(fd)"),
+    (durable, "device_client/journal.py", "import os\nos.replace(new, old)"),
     (documented, "server/cohort.py", "import math"),
     (listed, "broker_bridge/limits.py", "LIMITS = 1"),
     (listed, "broker_bridge/limits.py", "__all__ = ['LIMITS']"),
@@ -286,6 +302,8 @@ INNOCENT = [
     (pure, "server/service.py", "import time"),
     (pure, CORE, "import numpy as np\nrng = np.random.default_rng(seed)"),
     (pure, "broker_bridge/wire/envelope.py", "random_bytes = nacl.utils.random"),
+    (durable, "broker_bridge/disk.py", "import os\nos.fsync(fd)"),
+    (durable, "server/store/spool.py", "self._disk.fsync(fd)"),
     (listed, "broker_bridge/limits.py", "__all__ = ['LIMITS']\nLIMITS = 1"),
     (listed, "broker_bridge/wire/_private.py", "x = 1"),
 ]
@@ -320,7 +338,7 @@ OURS = files_in(*ROOMS)
 EVERYTHING = files_in(*ROOMS, "tests", "examples", "benchmarks")
 
 
-@pytest.mark.parametrize("rule", [rooms, homes, light, pure, documented])
+@pytest.mark.parametrize("rule", [rooms, homes, light, pure, durable, documented])
 def test_every_file_of_the_three_rooms_keeps_the_rule(rule: Rule) -> None:
     assert [v for path, source in OURS.items() for v in rule(path, source)] == []
 
