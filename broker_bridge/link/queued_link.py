@@ -211,12 +211,13 @@ class QueuedLink:
 
         MQTT 3.1.1 does not say how large a packet may be: a broker that finds one too large
         hangs up, and would do so for ever. So when several connections in a row ended without
-        one acknowledgement, the largest packet that was on its way each time is given up.
+        one acknowledgement, the largest packet that was on its way each time is given up. MQTT 5
+        does say it, and there it is the line that is bad.
         """
         with self._changed:
             self._fruitless = self._fruitless + 1 if self._inflight and not self._answers else 0
             self._answers = 0
-            if self._fruitless >= FRUITLESS_CONNECTIONS_MAX:
+            if self._fruitless >= FRUITLESS_CONNECTIONS_MAX and self._limits.protocol != "5.0":
                 worst = max(self._inflight, key=lambda each: len(self._inflight[each].payload))
                 self._refuse(self._inflight.pop(worst).topic, "every connection ended with it")
                 self._fruitless = 0
