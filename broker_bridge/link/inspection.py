@@ -25,7 +25,7 @@ from broker_bridge.wire.envelope import random_bytes
 __all__ = ["Broker", "certificate", "certificate_dates"]
 
 _DAYS_WARNING = 30  # a certificate that ends sooner
-_ANSWER_S = 10.0
+_ANSWER_S = 5.0
 
 
 # ── Certificates ────────────────────────────────────────────────────────────────────────
@@ -103,7 +103,7 @@ class Broker:
     port: int
     tls: TlsFiles
 
-    def connect(self, tls: TlsFiles | None = None, *, wait_s: float = 5.0) -> PahoLink:
+    def connect(self, tls: TlsFiles | None = None, *, wait_s: float = 3.0) -> PahoLink:
         """A connection that leaves nothing behind. Raises LinkError, LocalError."""
         name = f"midge-doctor-{random_bytes(4).hex()}"
         return PahoLink.open(
@@ -120,7 +120,7 @@ class Broker:
     def certificates_needed(self) -> Iterator[Finding]:
         """Whether a stranger, who has no certificate, is turned away."""
         try:
-            self.connect(TlsFiles(self.tls.ca), wait_s=3.0).close()
+            self.connect(TlsFiles(self.tls.ca)).close()
         except LinkError:
             yield Finding("strangers", "ok", "without a certificate nobody gets in")
         else:
@@ -166,22 +166,26 @@ class Broker:
         mark = random_bytes(8)
         with contextlib.closing(self.connect()) as link:
             link.publish(scratch, mark, retain=True)
-            link.flush(_ANSWER_S)
-        with contextlib.closing(self.connect()) as link:
-            link.subscribe([scratch])
-            kept = _first_message(link)
-            link.publish(scratch, b"", retain=True)
-            link.flush(_ANSWER_S)
-        if kept is not None and kept.payload == mark and kept.retained:
+            taken = link.flush(_ANSWER_S) and not link.refused
+        if taken and self._kept(scratch) == mark:
             yield Finding("retained", "ok", "a retained message came back to a new client")
         else:
             yield Finding(
                 "retained",
                 "problem",
-                "a retained message did not come back",
-                "set `retain_available true`, and let midge-server write everywhere "
-                "below midge/v1 (mosquitto.acl)",
+                "a retained message was not taken, or did not come back",
+                "set `retain_available true`, and let midge-server write everywhere below "
+                "midge/v1 (mosquitto.acl)",
             )
+
+    def _kept(self, scratch: str) -> bytes | None:
+        """What lies retained on `scratch`, which is cleared."""
+        with contextlib.closing(self.connect()) as link:
+            link.subscribe([scratch])
+            kept = _first_message(link)
+            link.publish(scratch, b"", retain=True)
+            link.flush(_ANSWER_S)
+        return kept.payload if kept is not None and kept.retained else None
 
 
 def _first_message(link: PahoLink) -> Message | None:
