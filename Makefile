@@ -51,11 +51,14 @@ campaign: .venv-dev/.ready mosquitto-or-fail  ## run the long random tests that 
 fuzz: .venv-dev/.fuzz  ## feed every parser damaged bytes: make fuzz MINUTES=16
 	@.venv-dev/bin/python -m tests.fuzz.run --minutes $(MINUTES) $(ARGS)
 
-# How many seeds `make soak` tries; each is a federation of its own.
+# How many seeds `make soak` tries; each is a federation of its own. After them, for how many
+# minutes real processes are killed.
 SEEDS ?= 10000
+KILL_MINUTES ?= 60
 
-soak: .venv-dev/.ready  ## simulate SEEDS federations, each under faults of its own
+soak: .venv-dev/.ready mosquitto-or-fail  ## simulate SEEDS federations under faults; kill real processes for KILL_MINUTES
 	@.venv-dev/bin/python -m tests.simulation --seeds $(SEEDS) $(ARGS)
+	@.venv-dev/bin/python -m tests.chaos --minutes $(KILL_MINUTES)
 
 clean:  ## remove the environments and caches; fleets and their keys stay
 	rm -rf .venv .venv-dev build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
