@@ -136,6 +136,7 @@ class Poller:
 
     def close(self) -> None:
         """Close every link, politely for a second, and stop. Calls `turn` itself."""
+        self._crash = None              # it was raised, or nobody looks any more
         for link in self.links:
             link.close()
         give_up = time.monotonic() + 2.0
