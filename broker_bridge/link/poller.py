@@ -240,7 +240,8 @@ class Poller:
                 link._dial(this)
             except BaseException as error:      # a bug of ours: `turn` raises it
                 self._crash = error
-            self._dialled.put(link)
+            else:
+                self._dialled.put(link)
             self._interrupt()
 
         self._dialers.submit(dial)
