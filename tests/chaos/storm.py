@@ -66,6 +66,8 @@ class Storm:
             self._start_device(name)
         every = len(NAMES)
         self.fleet.start_run(rounds=100_000, target=every, quorum=every)
+        # A command is no promise until it is answered: a kill may lose it, and nobody repeats it.
+        self._server.wait_for("run 1 of task")
 
     def rage(self, *, kills: int = 0, until_s: float = 0.0) -> None:
         """Kill until so many died, and until that time on the monotonic clock is over.
