@@ -30,7 +30,7 @@ from broker_bridge.link.queued_link import GOODBYE_S
 
 __all__ = ["PolledLink", "Poller", "raise_file_limit"]
 
-_SPARE_FILES = 256                  # what a process has open besides its links
+_SPARE_FILES = 256  # what a process has open besides its links
 _DIALS_AT_ONCE = 8
 
 
@@ -57,7 +57,7 @@ class PolledLink(PahoSession):
         super().__init__(settings)
         self._poller = poller
         self._poked = False
-        self.this: Connection | None = None     # what follows is the poller's
+        self.this: Connection | None = None  # what follows is the poller's
         self.file = -1
         self.waits_for = 0
         self.due_s = 0.0
@@ -84,7 +84,7 @@ class PolledLink(PahoSession):
         self._poke()
 
     def _poke(self) -> None:
-        if not self._poked:             # a lost race only pokes twice
+        if not self._poked:  # a lost race only pokes twice
             self._poked = True
             self._poller.poke(self)
 
@@ -107,7 +107,7 @@ class Poller:
         self._asleep = False
         self._timers: list[tuple[float, int, PolledLink]] = []
         self._order = itertools.count()
-        self._again: set[PolledLink] = set()    # TLS holds bytes of theirs already decrypted
+        self._again: set[PolledLink] = set()  # TLS holds bytes of theirs already decrypted
         self._dialled: queue.SimpleQueue[PolledLink] = queue.SimpleQueue()
         self._dialers = ThreadPoolExecutor(dials_at_once, thread_name_prefix="midge-dial")
         self._crash: BaseException | None = None
@@ -136,7 +136,7 @@ class Poller:
 
     def close(self) -> None:
         """Close every link, politely for a second, and stop. Calls `turn` itself."""
-        self._crash = None              # it was raised, or nobody looks any more
+        self._crash = None  # it was raised, or nobody looks any more
         for link in self.links:
             link.close()
         give_up = time.monotonic() + 2.0
@@ -160,7 +160,7 @@ class Poller:
         now = time.monotonic()
         while self._timers and self._timers[0][0] <= now:
             due_s, _, link = heapq.heappop(self._timers)
-            if due_s == link.due_s:             # else it was put off meanwhile
+            if due_s == link.due_s:  # else it was put off meanwhile
                 self._on_time(link, touched)
         for link, mask in self._wait(timeout_s, bool(touched)):
             self._move(link, mask)
@@ -206,7 +206,7 @@ class Poller:
         self._interrupt()
 
     def _interrupt(self) -> None:
-        if self._asleep:                # else `turn` looks before it sleeps
+        if self._asleep:  # else `turn` looks before it sleeps
             with contextlib.suppress(BlockingIOError, OSError):
                 self._wake_write.send(b"\0")
 
@@ -238,7 +238,7 @@ class Poller:
         def dial() -> None:
             try:
                 link._dial(this)
-            except BaseException as error:      # a bug of ours: `turn` raises it
+            except BaseException as error:  # a bug of ours: `turn` raises it
                 self._crash = error
             else:
                 self._dialled.put(link)
@@ -253,8 +253,11 @@ class Poller:
             return
         try:
             if link.file >= 0:
-                link._work(this, readable=bool(mask & selectors.EVENT_READ),
-                           writable=bool(mask & selectors.EVENT_WRITE))
+                link._work(
+                    this,
+                    readable=bool(mask & selectors.EVENT_READ),
+                    writable=bool(mask & selectors.EVENT_WRITE),
+                )
             now = time.monotonic()
             if link._goes_on(this, now):
                 reading, writing = link._prepare(this)
@@ -279,7 +282,7 @@ class Poller:
                 self._selector.unregister(link.file)
             link.waits_for = wanted
         if reading and isinstance(sock, ssl.SSLSocket) and sock.pending() > 0:
-            self._again.add(link)       # invisible to the selector
+            self._again.add(link)  # invisible to the selector
 
     def _over(self, link: PolledLink, this: Connection) -> None:
         """A connection ended, or came to nothing."""
@@ -306,7 +309,7 @@ class Poller:
             self._set_timer(link, due_s)
 
     def _set_timer(self, link: PolledLink, due_s: float) -> None:
-        link.due_s = due_s              # whatever else is in the heap for this link is void
+        link.due_s = due_s  # whatever else is in the heap for this link is void
         heapq.heappush(self._timers, (due_s, next(self._order), link))
 
     def _ended(self, link: PolledLink) -> None:
