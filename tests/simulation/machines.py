@@ -259,7 +259,7 @@ class Device(Machine):
         self.agent = None
 
     def _fails(self) -> bool:
-        return not self.mischief.is_over and self.draw.random() < 0.02
+        return not self.mischief.is_over and self.draw.random() < self.weather.sick
 
     def _training_s(self) -> float:
         return self.draw.uniform(0.0, self.weather.training_s)

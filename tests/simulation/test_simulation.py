@@ -5,10 +5,13 @@ A seed that fails here is run again, told in full, by `python -m tests.simulatio
 
 from concurrent.futures import ProcessPoolExecutor
 
+import msgspec
 import pytest
 
+from server.service import Service
 from tests.simulation.disk import Crash
 from tests.simulation.federation import Federation, simulate
+from tests.simulation.machines import Parts
 from tests.simulation.soak import soak
 from tests.simulation.weather import Weather
 
@@ -31,6 +34,53 @@ def test_every_promise_is_kept_in_any_weather(capsys: pytest.CaptureFixture[str]
 def test_a_seed_tells_the_same_story_again() -> None:
     for seed in (3, 181, 307):
         assert simulate(seed) == simulate(seed)
+
+
+ONE_FAULT = [
+    [("amnesia", "server")],
+    [("amnesia", "server"), ("power", "d0")],
+    [("rewind", "server"), ("kill", "d0")],
+    [("away", "server")],
+    [("limits", "server")],
+    [("drop", "server")],
+    [("drop", "d0")],
+    [("kill", "server")],
+    [("power", "server")],
+    [("power", "d0")],
+    [("kill", "server"), ("amnesia", "server"), ("power", "d1")],
+    [("clock", "server"), ("clock", "d0")],
+    [("replay", "d0"), ("replay", "d0"), ("corrupt", "d0")],
+]
+
+
+@pytest.mark.parametrize("events", ONE_FAULT, ids=["+".join(e for e, _ in f) for f in ONE_FAULT])
+def test_a_few_faults_in_a_run_cost_no_round_an_update(events: list[tuple[str, str]]) -> None:
+    for moment in range(8):
+        assert updates_lost(events, moment * 2.0) == []
+
+
+def updates_lost(
+    events: list[tuple[str, str]], moment_s: float, parts: Parts | None = None
+) -> list[str]:
+    """The rounds that ended without an update of each device that was there."""
+    weather = Weather.calm(seed=int(moment_s), devices=3, rounds=2)
+    weather.training_s, weather.until_s = 10.0, moment_s + 25.0
+    weather.events = [(0.0, "copy", "server")]
+    weather.events += [(moment_s + after, *each) for after, each in enumerate(events)]
+    federation = Federation(weather, parts)
+    federation.run()
+    with federation.server.database.database.reading() as tx:
+        ended = [msgspec.json.decode(r.summary_json) for r in tx.rounds_of(1)]
+    return [str(r) for r in ended if r["state"] != "closed" or r["accepted"] < r["target"]]
+
+
+def test_a_server_that_does_not_lay_out_again_what_a_broker_forgot_is_noticed() -> None:
+    class LaidOutOnce(Service):
+        def _lay_out(self, **_):
+            pass
+
+    parts = Parts(service=LaidOutOnce)
+    assert any(updates_lost(ONE_FAULT[1], moment * 2.0, parts) for moment in range(8))
 
 
 def crash_at(which: int, point: int, power: bool) -> str | None:

@@ -48,6 +48,7 @@ class Weather:
     evaluators: int = 0
     large: bool = False  # whether each update has a file of its own in the spool
     knows_room: bool = False  # whether the server can ask how much room its disk has
+    sick: float = 0.0  # how often a training fails for want of data
     training_s: float = 5.0
     start_s: float = 0.0
     until_s: float = 0.0
@@ -90,6 +91,7 @@ class Weather:
         self.evaluators = int(some(0.25))
         self.knows_room = some(0.5)
         self.large = some(0.5)
+        self.sick = 0.02
         self.loss = draw.uniform(0, 0.3) if some() else 0.0
         self.repeat = draw.uniform(0, 0.3) if some() else 0.0
         self.delay = draw.uniform(0, 5.0) if some() else 0.0
