@@ -66,7 +66,7 @@ def main() -> None:
     print(
         "  a device's share of memory holds the interpreter of its process: with few devices, much"
     )
-    print("  a round waits for its jitter: one second for each 200 devices on line")
+    print("  a round waits for its jitter: 200 joins a second, 30 MB/s")
     print(f"  targets: server peak < {megabytes(MEMORY_TARGET_BYTES)}, CPU an update flat,")
     print(f"  all back after a storm in < {STORM_TARGET_S:.0f} s\n")
 
