@@ -16,7 +16,7 @@ when the update is on disk: no device hears `accepted` for what a crash could lo
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from enum import Enum
 from typing import Literal
 
@@ -24,28 +24,20 @@ import msgspec
 
 from broker_bridge.errors import PeerError
 from broker_bridge.limits import LIMITS
-from broker_bridge.wire.chunks import bitmap_of
 from broker_bridge.wire.messages import (
     Ack,
     Announcement,
     Busy,
     Command,
-    Go,
-    Init,
-    Join,
-    Need,
     Presence,
     Reply,
     Report,
     RoundSummary,
     Until,
 )
-from server.cohort import invitations
 from server.events import (
     AbandonRound,
-    Accept,
     Accepted,
-    BeginUpload,
     Begun,
     Chunk,
     Closed,
@@ -56,7 +48,6 @@ from server.events import (
     Evaluate,
     Evaluated,
     Event,
-    Forget,
     Inited,
     Joined,
     LinkDown,
@@ -65,7 +56,6 @@ from server.events import (
     Opened,
     OpenRound,
     Publish,
-    Refuse,
     Refused,
     Reported,
     Respond,
@@ -79,12 +69,10 @@ from server.events import (
     Tick,
     Upload,
 )
+from server.round import Round
 
 __all__ = ["Coordinator", "Phase"]
 
-Status = Literal["going", "accepting", "accepted", "rejected"]
-_REASON_CHARS_MAX = 500  # what an `Ack` takes
-_NO_ROOM = "the server has no room on its disk"
 _ROLL_CALL_S = 5.0  # in which devices say that they are there, after we or the broker came back
 
 
@@ -97,44 +85,6 @@ class Phase(Enum):
     OPEN = "open"
     CLOSING = "closing"
     EVALUATING = "evaluating"
-
-
-@dataclass
-class _Round:
-    """The open round."""
-
-    announcement: Announcement
-    digest: bytes
-    update_bytes: int
-    target: int
-    quorum: int
-    opened_s: float
-    uploads: dict[str, Upload] = field(default_factory=dict)  # by device
-    joined: set[str] = field(default_factory=set)
-
-    counts: Counter[str] = field(default_factory=Counter)  # of uploads, by status
-
-    @property
-    def accepted(self) -> list[Upload]:
-        return [u for u in self.uploads.values() if u.status == "accepted"]
-
-    def count(self, *statuses: str) -> int:
-        """How many uploads have one of these statuses. Asked for each message: no loop."""
-        return sum(self.counts[status] for status in statuses)
-
-    def put(self, place: Upload) -> None:
-        """Give a device this place, instead of the one it may have had."""
-        former = self.uploads.get(place.device)
-        if former is not None:
-            self.counts[former.status] -= 1
-        self.uploads[place.device] = place
-        self.counts[place.status] += 1
-
-    def mark(self, place: Upload, status: Status) -> None:
-        """Change how far an upload is."""
-        self.counts[place.status] -= 1
-        place.status = status
-        self.counts[status] += 1
 
 
 class Coordinator:
@@ -151,8 +101,7 @@ class Coordinator:
         self.rejects: Counter[str] = Counter()
         self._presence: dict[str, Presence] = {}
         self._now_s = 0.0
-        self._round: _Round | None = None
-        self._by_upload: dict[bytes, Upload] = {}
+        self._round: Round | None = None
         self._evaluation_until_s = 0.0
         self._model_version = 0
         self._reports: dict[str, Report] = {}
@@ -171,7 +120,7 @@ class Coordinator:
 
     def upload(self, upload: bytes) -> Upload | None:
         """An upload of the open round."""
-        return self._by_upload.get(upload)
+        return None if self._round is None else self._round.upload(upload)
 
     def online(self, role: str = "train") -> list[str]:
         """The devices of this role that are here."""
@@ -200,21 +149,8 @@ class Coordinator:
                 "rounds_done": self.run.rounds_done,
             }
         if self._round is not None:
-            found["round"] = {
-                "number": self._round.announcement.round,
-                "target": self._round.target,
-                "quorum": self._round.quorum,
-                "invited": len(self._round.uploads),
-                "uploading": sum(u.init is not None for u in self._round.uploads.values()),
-                "accepted": self._round.count("accepted"),
-                "seconds_left": round(self._over_s - self._now_s, 1),
-            }
+            found["round"] = self._round.status(self._now_s)
         return found
-
-    @property
-    def _over_s(self) -> float:
-        assert self._round is not None  # noqa: S101 - asked only while a round is open
-        return self._round.opened_s + self._round.announcement.deadline_s
 
     # ── coming back after a crash ───────────────────────────────────────────────────────
 
@@ -246,7 +182,6 @@ class Coordinator:
             self._round.joined.add(upload.device)
             self._trainers.add(upload.device)
             self._round.put(upload)
-            self._by_upload[upload.upload] = upload
         return self._close_if_reached(self._round)  # the last receipt may have been the last act
 
     def _take_up_measuring(self, last: RoundSummary, server_evaluates: bool) -> list[Effect]:
@@ -296,14 +231,8 @@ class Coordinator:
                 return self._joined(event)
             case Inited():
                 return self._inited(event)
-            case Begun(upload, missing):
-                return self._begun(upload, missing)
-            case Chunk(upload, missing):
-                return self._chunk(upload, missing)
-            case Accepted(upload):
-                return self._accepted(upload)
-            case Refused():
-                return self._refused(event)
+            case Begun() | Chunk() | Accepted() | Refused():
+                return self._progressed(event)
             case Closed(version, server_evaluates):
                 return self._closed(version, server_evaluates)
             case Evaluated(version, examples, metrics):
@@ -385,7 +314,7 @@ class Coordinator:
     def _tick(self) -> list[Effect]:
         if self.phase is Phase.GATHERING:
             return self._gather()
-        if self.phase is Phase.OPEN and self._now_s >= self._over_s:
+        if self._round and self.phase is Phase.OPEN and self._now_s >= self._round.over_s:
             return self._deadline()
         if self.phase is Phase.EVALUATING and self._now_s >= self._evaluation_over_s:
             return self._decide({}, 0, "")
@@ -418,15 +347,9 @@ class Coordinator:
 
     def _begin(self, opened: Opened) -> None:
         self.phase, self.detail = Phase.OPEN, f"round {opened.announcement.round} is open"
-        self._by_upload.clear()
         self._weight_max = opened.announcement.weight_max
-        self._round = _Round(
-            announcement=opened.announcement,
-            digest=opened.digest,
-            update_bytes=opened.update_bytes,
-            target=opened.announcement.target,
-            quorum=opened.announcement.quorum,
-            opened_s=self._now_s,
+        self._round = Round(
+            opened, self.rules, now_s=self._now_s, rejects=self.rejects, is_lost=self._is_lost
         )
 
     def _deadline(self) -> list[Effect]:
@@ -440,9 +363,9 @@ class Coordinator:
             f"{accepted} updates at the deadline, {self._round.quorum} were needed"
         )
 
-    # ── joining ─────────────────────────────────────────────────────────────────────────
+    # ── devices ─────────────────────────────────────────────────────────────────────────
 
-    def _current(self, number: int, digest: bytes) -> _Round:
+    def _current(self, number: int, digest: bytes) -> Round:
         """The open round, if this is it. Raises PeerError."""
         if self._round is None or self.phase is not Phase.OPEN:
             raise PeerError("no_open_round", f"round {number} is not open")
@@ -458,213 +381,47 @@ class Coordinator:
             this = self._current(join.round, join.announcement)
         except PeerError as error:
             return [Send(device, Busy(round=join.round, retry_after_s=-1, reason=str(error)))]
-        this.joined.add(device)
         self._trainers.add(device)
-        place = this.uploads.get(device)
-        if place is not None and place.status in ("accepted", "rejected", "accepting"):
-            return self._final(this, place)
-        if place is None and self._trouble:
-            busy = Busy(round=join.round, retry_after_s=self.rules.retry_after_s, reason=_NO_ROOM)
-            return [Send(device, busy)]
-        if place is None and self._full(this):
-            wait_s = max(self.rules.retry_after_s, (self._over_s - self._now_s) / 8)
-            busy = Busy(round=join.round, retry_after_s=wait_s, reason="the cohort is full")
-            return [Send(device, busy)]
-        effects: list[Effect] = []
-        if place is None or place.init is not None:
-            # A device that joins again after its commit has lost its outbox: a new attempt,
-            # a new id, so that no key is used twice.
-            attempt = 0
-            if place is not None:
-                attempt = place.attempt + 1
-                self._by_upload.pop(place.upload)
-                effects.append(Forget(place.upload))
-            if attempt >= len(event.uploads):
-                busy = Busy(round=join.round, retry_after_s=-1, reason="too many attempts")
-                return [*effects, Send(device, busy)]
-            size = self._packet_bytes(join)
-            place = Upload(device, event.uploads[attempt], size, attempt=attempt)
-            self._by_upload[place.upload] = place
-            this.put(place)
-        return [*effects, Send(device, self._go(this, place))]
+        return this.joined_by(event, now_s=self._now_s, room=not self._trouble)
 
-    def _full(self, this: _Round) -> bool:
-        """Whether every place is taken. A device that was lost gives its place to another."""
-        most = min(invitations(this.target), self.rules.uploads_max)
-        places = this.count("going", "accepting", "accepted")
-        if places < most:
-            return False
-        lost = sum(u.status == "going" and self._is_lost(u.device) for u in this.uploads.values())
-        return places - lost >= most
+    def _inited(self, event: Inited) -> list[Effect]:
+        init = event.init
+        try:
+            this = self._current(init.round, init.announcement)
+        except PeerError as error:
+            late = Ack(round=init.round, upload=init.upload, status="late", reason=str(error))
+            return [Send(event.device, late)]
+        return this.inited(event)
+
+    def _progressed(self, event: Begun | Chunk | Accepted | Refused) -> list[Effect]:
+        """Something became of an upload; the last one that is needed closes the round."""
+        this = self._round
+        if this is None:
+            return []
+        match event:
+            case Begun(upload, missing):
+                return this.begun(upload, missing)
+            case Chunk(upload, still_missing):
+                return this.chunk(upload, still_missing)
+            case Accepted(upload):
+                effects = this.accepted(upload)
+            case Refused():
+                effects = this.refused(event, now_s=self._now_s)
+        return effects + self._close_if_reached(this) if effects else []
 
     def _is_lost(self, device: str) -> bool:
         presence = self._presence.get(device)
         return presence is not None and presence.state == "lost"
 
-    def _packet_bytes(self, join: Join) -> int:
-        wanted = min(join.packet_bytes_max or self.rules.packet_bytes_max, LIMITS.packet_bytes_max)
-        return max(LIMITS.packet_bytes_min, min(wanted, self.rules.packet_bytes_max))
-
-    def _go(self, this: _Round, place: Upload) -> Go:
-        return Go(
-            round=this.announcement.round,
-            announcement=this.digest,
-            upload=place.upload,
-            shard=0,
-            packet_bytes=place.packet_bytes,
-            window=self.rules.window,
-        )
-
-    def _final(self, this: _Round, place: Upload) -> list[Effect]:
-        """The answer that a finished upload always gets."""
-        if place.status == "accepting":
-            return []
-        status: Literal["accepted", "rejected"] = (
-            "accepted" if place.status == "accepted" else "rejected"
-        )
-        ack = Ack(
-            round=this.announcement.round, upload=place.upload, status=status, reason=place.reason
-        )
-        return [Send(place.device, ack)]
-
-    # ── uploads ─────────────────────────────────────────────────────────────────────────
-
-    def _inited(self, event: Inited) -> list[Effect]:
-        device, init = event.device, event.init
-        try:
-            this = self._current(init.round, init.announcement)
-        except PeerError as error:
-            late = Ack(round=init.round, upload=init.upload, status="late", reason=str(error))
-            return [Send(device, late)]
-        place = self._by_upload.get(init.upload)
-        if place is None and event.ours and device not in this.uploads:
-            # Let in before we were restarted: the id proves it.
-            place = Upload(device, init.upload, packet_bytes=0)
-            self._by_upload[init.upload] = place
-            this.put(place)
-        if place is None or place.device != device:
-            raise PeerError("unasked_upload", f"{device} sent an upload that nobody asked for")
-        if place.status != "going":
-            return self._final(this, place)
-        if place.init is not None and place.init != init:
-            raise PeerError("changed_commit", f"{device} changed the commit of an upload")
-        reason = self._objection(this, place, init)
-        if reason is not None:
-            return self._reject(place, *reason)
-        place.init = init
-        return [BeginUpload(device, init)]
-
-    def _objection(self, this: _Round, place: Upload, init: Init) -> tuple[str, str] | None:
-        if init.examples < 1:
-            return "no_examples", "an update must come from at least one example"
-        if init.examples > this.announcement.weight_max:
-            most = this.announcement.weight_max
-            return "absurd_examples", f"{init.examples} examples; this round allows {most}"
-        if init.total_bytes != this.update_bytes:
-            return (
-                "wrong_size",
-                f"{init.total_bytes} bytes; an update of this task has {this.update_bytes}",
-            )
-        packet_bytes = place.packet_bytes or self.rules.packet_bytes_max
-        largest = init.layout.for_packets(init.total_bytes, packet_bytes).body_bytes
-        smallest = LIMITS.packet_bytes_min // 2 if place.packet_bytes == 0 else largest
-        if not smallest <= init.body_bytes <= largest:
-            return "wrong_size", f"chunks of {init.body_bytes} bytes were not agreed on"
-        return None
-
-    def _reject(self, place: Upload, kind: str, reason: str) -> list[Effect]:
-        self.rejects[kind] += 1
-        assert self._round is not None  # noqa: S101 - a place is in a round
-        self._round.mark(place, "rejected")
-        place.reason = reason[:_REASON_CHARS_MAX]
-        return [
-            Refuse(place.device, place.upload, reason),
-            *self._final(self._round, place),
-        ]
-
-    def _begun(self, upload: bytes, missing: tuple[int, ...]) -> list[Effect]:
-        place = self._by_upload.get(upload)
-        if place is None or place.init is None:
-            return []
-        if not missing:
-            return self._complete(place, place.init)
-        count = place.init.layout.count
-        return [Send(place.device, Need(upload=upload, bitmap=bitmap_of(missing, count)))]
-
-    def _chunk(self, upload: bytes, missing: int) -> list[Effect]:
-        place = self._by_upload.get(upload)
-        if place is None or place.init is None or missing or place.status != "going":
-            return []
-        return self._complete(place, place.init)
-
-    def _complete(self, place: Upload, init: Init) -> list[Effect]:
-        if place.status != "going" or self._round is None:
-            return []
-        self._round.mark(place, "accepting")
-        return [Accept(place.device, init)]
-
-    def _accepted(self, upload: bytes) -> list[Effect]:
-        place, this = self._by_upload.get(upload), self._round
-        if place is None or this is None or place.status != "accepting":
-            return []
-        this.mark(place, "accepted")
-        return self._final(this, place) + self._close_if_reached(this)
-
-    def _refused(self, event: Refused) -> list[Effect]:
-        place, this = self._by_upload.get(event.upload), self._round
-        if place is None or this is None or place.status not in ("going", "accepting"):
-            return []
-        if place.status == "going" and self._now_s < place.quiet_until_s:
-            return []  # it was told already: this is what was still on its way
-        if event.status == "rejected":
-            kind, _, reason = event.reason.partition(": ")
-            return self._reject(place, kind, reason or kind) + self._close_if_reached(this)
-        this.mark(place, "going")
-        place.quiet_until_s = self._now_s + self.rules.retry_after_s
-        ack = Ack(
-            round=this.announcement.round,
-            upload=event.upload,
-            status=event.status,
-            reason=event.reason[:_REASON_CHARS_MAX],
-            retry_after_s=self.rules.retry_after_s,
-        )
-        return [Send(place.device, ack), *self._close_if_reached(this)]
-
-    def _close_if_reached(self, this: _Round) -> list[Effect]:
-        """Close at the target, once no update is between disk and sum."""
-        if this.count("accepted") >= this.target and not this.count("accepting"):
-            return self._close()
-        return []
+    def _close_if_reached(self, this: Round) -> list[Effect]:
+        return self._close() if this.reached and self.phase is Phase.OPEN else []
 
     # ── the end of a round ──────────────────────────────────────────────────────────────
 
     def _summary(self, state: Literal["closed", "abandoned"], reason: str = "") -> RoundSummary:
-        this, run = self._round, self.run
-        assert this is not None  # noqa: S101 - a round is ending
-        assert run is not None  # noqa: S101
-        inits = [u.init for u in this.accepted if u.init is not None]
-        examples = sum(i.examples for i in inits)
-        losses = [i.metrics["loss"] * (i.examples / examples) for i in inits if "loss" in i.metrics]
-        return RoundSummary(
-            federation=self.federation,
-            run=run.id,
-            round=this.announcement.round,
-            state=state,
-            task=run.task,
-            model_version=this.announcement.model_version,
-            invited=len(this.uploads),
-            joined=len(this.joined),
-            accepted=len(inits),
-            rejected=this.count("rejected"),
-            target=this.target,
-            quorum=this.quorum,
-            examples=examples,
-            train_loss=sum(losses) if losses else None,
-            update_bytes=this.update_bytes,
-            round_s=self._now_s - this.opened_s,
-            train_s_max=max((i.train_s for i in inits), default=0.0),
-            reason=reason,
-        )
+        assert self._round is not None  # noqa: S101 - a round is ending
+        assert self.run is not None  # noqa: S101
+        return self._round.summary(state, self.run, now_s=self._now_s, reason=reason)
 
     def _close(self) -> list[Effect]:
         self.phase, self.detail = Phase.CLOSING, "making the new model"
@@ -673,7 +430,6 @@ class Coordinator:
     def _abandon(self, reason: str, *, counts: bool = True) -> list[Effect]:
         summary = self._summary("abandoned", reason)
         self.last, self._round = summary, None
-        self._by_upload.clear()
         self.phase, self.detail = Phase.GATHERING, f"round {summary.round} abandoned: {reason}"
         effects: list[Effect] = [AbandonRound(summary), Publish(summary)]
         if counts and self.run is not None:
@@ -686,11 +442,8 @@ class Coordinator:
     def _closed(self, version: int, server_evaluates: bool) -> list[Effect]:
         if self.phase is not Phase.CLOSING or self.run is None:
             return []
-        self.last = msgspec.structs.replace(
-            self._summary("closed"), model_version=version, round_s=self._round_s
-        )
+        self.last = msgspec.structs.replace(self._summary("closed"), model_version=version)
         self._round = None
-        self._by_upload.clear()
         done = self.run.rounds_done + 1
         self.run = replace(self.run, rounds_done=done, abandoned_in_a_row=0)
         self._model_version, self._reports = version, {}
@@ -702,11 +455,6 @@ class Coordinator:
         if not self.online("evaluate"):
             return self._decide({}, 0, "")
         return []
-
-    @property
-    def _round_s(self) -> float:
-        assert self._round is not None  # noqa: S101 - CLOSING implies it
-        return self._now_s - self._round.opened_s
 
     # ── is it good enough? ──────────────────────────────────────────────────────────────
 

@@ -43,6 +43,7 @@ PURE = (
     "broker_bridge/task/taskfile.py",
     "device_client/participant.py",
     "server/coordinator.py",
+    "server/round.py",
     "server/cohort.py",
     "server/quotas.py",
     "server/aggregation/",

@@ -131,7 +131,8 @@ class Oracle:
         held = server.ledger._spool.bytes_held
         demand(open_round is None or len(open_round.uploads) <= most, "more uploads than devices")
         demand(held <= most * update_bytes, f"{held} bytes in the spool")
-        demand(len(server.coordinator._by_upload) <= most, "more places than devices")
+        this = server.coordinator._round
+        demand(this is None or this.places <= most, "more places than devices")
         demand(len(server.coordinator.rejects) <= REJECTS_KINDS_MAX, "too many kinds of rejects")
 
     # ── at the end ──────────────────────────────────────────────────────────────────────
