@@ -196,6 +196,14 @@ class Swarms:
             found.update(each.get(what, {}))
         return dict(found)
 
+    def hear_again(self) -> None:
+        """Wait until each has spoken, once: what they said before is from before."""
+        self.said.clear()
+        give_up = time.monotonic() + 30.0
+        while len(self.said) < len(self.processes) and time.monotonic() < give_up:
+            self.check()
+            time.sleep(0.05)
+
     def check(self) -> None:
         """Raise LocalError when one has ended by itself."""
         for process in self.processes:
@@ -527,6 +535,7 @@ def run_simulation(home: Home, options: Options, say: Callable[[str], None]) -> 
             say(screen.summary_line(summary))
             ended.append(summary)
         rounds_s = time.monotonic() - before
+        running.swarms.hear_again()
         found: dict[str, Any] = {
             "devices": options.devices,
             "cohort": options.cohort,
