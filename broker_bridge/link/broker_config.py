@@ -7,8 +7,14 @@ therefore what a fleet runs. `render_iotcore` writes the poor relation's file.
 
 from pathlib import PurePath
 
-__all__ = ["ACL_FILE", "BROKER_FILE", "BROKER_KEY_FILE", "CA_FILE", "render_config",
-           "render_iotcore"]
+__all__ = [
+    "ACL_FILE",
+    "BROKER_FILE",
+    "BROKER_KEY_FILE",
+    "CA_FILE",
+    "render_config",
+    "render_iotcore",
+]
 
 CA_FILE = "ca.pem"
 BROKER_FILE = "broker.pem"
@@ -17,8 +23,9 @@ ACL_FILE = "mosquitto.acl"
 
 # The folders that mosquitto.conf names. Both become one folder of ours.
 _SHIPPED_FOLDERS = ("/etc/mosquitto/midge/", "/var/lib/mosquitto/")
-_PATH_OPTIONS = frozenset({"acl_file", "cafile", "certfile", "crlfile", "keyfile",
-                           "persistence_location"})
+_PATH_OPTIONS = frozenset(
+    {"acl_file", "cafile", "certfile", "crlfile", "keyfile", "persistence_location"}
+)
 
 
 def render_config(
@@ -52,12 +59,16 @@ def render_iotcore(*, port: int, bind: str, folder: PurePath | None) -> str:
     never frees them, so 4 × 64 MB is the compromise. The default payload of 20 KB would
     cut off every chunk.
     """
-    tls = "" if folder is None else f"""
+    tls = (
+        ""
+        if folder is None
+        else f"""
 [v4.1.tls]
 capath = {_toml(folder / CA_FILE)}
 certpath = {_toml(folder / BROKER_FILE)}
 keypath = {_toml(folder / BROKER_KEY_FILE)}
 """
+    )
     return f"""id = 0
 
 [router]

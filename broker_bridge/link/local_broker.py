@@ -39,9 +39,14 @@ IOTCORE_LACKS = (
 )
 
 # Debian and Homebrew install it where a user's PATH may not look.
-_MOSQUITTO_FOLDERS = ("/usr/sbin", "/usr/local/sbin", "/opt/homebrew/sbin",
-                      "/opt/homebrew/opt/mosquitto/sbin", "/usr/local/opt/mosquitto/sbin",
-                      "/home/linuxbrew/.linuxbrew/sbin")
+_MOSQUITTO_FOLDERS = (
+    "/usr/sbin",
+    "/usr/local/sbin",
+    "/opt/homebrew/sbin",
+    "/opt/homebrew/opt/mosquitto/sbin",
+    "/usr/local/opt/mosquitto/sbin",
+    "/home/linuxbrew/.linuxbrew/sbin",
+)
 
 
 def find_mosquitto() -> Path | None:
@@ -57,8 +62,10 @@ def find_engine() -> Engine:
         return "mosquitto"
     if importlib.util.find_spec("iotcore") is not None:
         return "iotcore"
-    raise LocalError("no MQTT broker is installed; run `sudo apt install mosquitto` or "
-                     "`brew install mosquitto`, or, for a demo only, `pip install iotcore`")
+    raise LocalError(
+        "no MQTT broker is installed; run `sudo apt install mosquitto` or "
+        "`brew install mosquitto`, or, for a demo only, `pip install iotcore`"
+    )
 
 
 def shipped_file(name: str) -> Path:
@@ -134,8 +141,13 @@ class LocalBroker:
         with self.log_path.open("ab") as log:
             # A session of its own: Ctrl-C is for us, and the broker goes last.
             self._process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                cwd=self.folder, start_new_session=True)
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd=self.folder,
+                start_new_session=True,
+            )
         self._wait_until_up(wait_s)
 
     def stop(self) -> None:
@@ -181,8 +193,9 @@ class LocalBroker:
         if self._conf_text is None:
             for name in (CA_FILE, BROKER_FILE, BROKER_KEY_FILE):
                 if not (self.folder / name).is_file():
-                    raise LocalError(f"the broker needs {self.folder / name}; "
-                                     "`midge init` makes it")
+                    raise LocalError(
+                        f"the broker needs {self.folder / name}; `midge init` makes it"
+                    )
         if self.engine == "iotcore":
             return self._prepare_iotcore()
         return self._prepare_mosquitto()
@@ -197,8 +210,9 @@ class LocalBroker:
             shutil.copyfile(shipped_file(ACL_FILE), self.folder / ACL_FILE)
         # mosquitto must read a key that only its owner can read, so it stays who we are.
         config = self.folder / "mosquitto.conf"
-        rendered = render_config(text, port=self.port, bind=self.bind, folder=self.folder,
-                                 user=getpass.getuser())
+        rendered = render_config(
+            text, port=self.port, bind=self.bind, folder=self.folder, user=getpass.getuser()
+        )
         config.write_text(rendered + self._conf_more)
         return [str(program), "-c", str(config)]
 
@@ -222,22 +236,26 @@ class LocalBroker:
                 raise LocalError(
                     f"port {self.port} on {self.bind} cannot be used ({error.strerror}); "
                     "stop the program that holds it (perhaps another broker) or choose "
-                    "another port") from error
+                    "another port"
+                ) from error
 
     def _wait_until_up(self, wait_s: float) -> None:
         give_up = time.monotonic() + wait_s
         while time.monotonic() < give_up:
             if not self.is_running:
-                raise LocalError(f"{self.engine} did not start: {self._last_words()} "
-                                 f"(log: {self.log_path})")
+                raise LocalError(
+                    f"{self.engine} did not start: {self._last_words()} (log: {self.log_path})"
+                )
             try:
                 with socket.create_connection((self.host, self.port), timeout=1.0):
                     return
             except OSError:
                 time.sleep(0.02)
         self.kill()
-        raise LocalError(f"{self.engine} did not answer on {self.host}:{self.port} within "
-                         f"{wait_s:g} s (log: {self.log_path})")
+        raise LocalError(
+            f"{self.engine} did not answer on {self.host}:{self.port} within "
+            f"{wait_s:g} s (log: {self.log_path})"
+        )
 
     def _last_words(self) -> str:
         lines = self.log_path.read_text(errors="replace").splitlines()

@@ -22,7 +22,7 @@ from broker_bridge.link.filters import check_filter, check_topic, matches
 
 __all__ = ["MemoryBroker", "MemoryLink"]
 
-_OVERTAKES_MAX = 8      # how many places a message may jump ahead
+_OVERTAKES_MAX = 8  # how many places a message may jump ahead
 _QUEUE_MESSAGES_MAX = 1_000_000
 
 
@@ -33,7 +33,7 @@ class _Session:
     will: Message | None
     session_s: float
     filters: dict[str, None] = field(default_factory=dict)
-    waiting: list[tuple[float, float, int, Message]] = field(default_factory=list)   # a heap
+    waiting: list[tuple[float, float, int, Message]] = field(default_factory=list)  # a heap
     unacknowledged: OrderedDict[int, Message] = field(default_factory=OrderedDict)
     last_due_s: float = 0.0
     away_since_s: float = 0.0
@@ -54,12 +54,12 @@ class MemoryBroker:
         limits: LinkLimits | None = None,
         receive_max: int = 64,
     ) -> None:
-        self._random = random.Random(seed)    # noqa: S311 - repeatable on purpose, no secret
+        self._random = random.Random(seed)  # noqa: S311 - repeatable on purpose, no secret
         self._loss, self._repeat, self._delay_s, self._reorder = loss, repeat, delay, reorder
         self.limits = limits or LinkLimits(LIMITS.packet_bytes_max, LIMITS.inflight_max)
         self.receive_max = receive_max
         self.now_s = 0.0
-        self.lost = 0           # deliveries that never arrived, by `loss` or a full queue
+        self.lost = 0  # deliveries that never arrived, by `loss` or a full queue
         self.retained: dict[str, Message] = {}
         self._sessions: dict[str, _Session] = {}
         self.count = 0
@@ -78,7 +78,7 @@ class MemoryBroker:
         """Cut everyone off; without `keep`, forget sessions, queues and retained messages too."""
         for session in list(self._sessions.values()):
             if session.link is not None:
-                session.link.cut("the broker restarted", abruptly=False)    # it sends no wills
+                session.link.cut("the broker restarted", abruptly=False)  # it sends no wills
         if not keep:
             self._sessions.clear()
             self.retained.clear()
@@ -97,8 +97,8 @@ class MemoryBroker:
         if session is None or not resumed:
             session = self._sessions[link.client_id] = _Session(will, session_s)
         session.will, session.session_s, session.link = will, session_s, link
-        for message in session.unacknowledged.values():     # in the order they first went,
-            self.count += 1                                 # and before all that waits
+        for message in session.unacknowledged.values():  # in the order they first went,
+            self.count += 1  # and before all that waits
             heapq.heappush(session.waiting, (-1.0, float(self.count), self.count, message))
         session.unacknowledged.clear()
         return resumed
@@ -179,13 +179,14 @@ class MemoryBroker:
 class MemoryLink:
     """See `link.base.Link`. Made by `MemoryBroker.connect`."""
 
-    def __init__(self, broker: MemoryBroker, client_id: str, *, will: Message | None,
-                 session_s: float) -> None:
+    def __init__(
+        self, broker: MemoryBroker, client_id: str, *, will: Message | None, session_s: float
+    ) -> None:
         self.client_id = client_id
         self.bytes_sent = self.bytes_received = self.dropped_messages = self.refused = 0
         self._broker, self._will, self._session_s = broker, will, session_s
         self._filters: dict[str, None] = {}
-        self._given_up: list[str] = []      # unsubscribed while there was no connection
+        self._given_up: list[str] = []  # unsubscribed while there was no connection
         self._outgoing: deque[Message] = deque()
         self._news: deque[LinkEvent] = deque()
         self._connected = self._closed = self._woken = False
@@ -209,11 +210,15 @@ class MemoryLink:
             raise LinkError(f"the link is closed; nothing was sent to {topic}")
         size = len(topic.encode()) + len(payload) + 8
         if size > self.limits.packet_bytes_max:
-            raise LinkError(f"{size} bytes for {topic} are more than the broker's limit of "
-                            f"{self.limits.packet_bytes_max}; send smaller chunks")
+            raise LinkError(
+                f"{size} bytes for {topic} are more than the broker's limit of "
+                f"{self.limits.packet_bytes_max}; send smaller chunks"
+            )
         if len(self._outgoing) >= LIMITS.send_queue_messages_max:
-            raise LinkError(f"{len(self._outgoing)} publishes wait for the broker; "
-                            "ask room() or flush() before sending more")
+            raise LinkError(
+                f"{len(self._outgoing)} publishes wait for the broker; "
+                "ask room() or flush() before sending more"
+            )
         self._outgoing.append(Message(topic, payload, retain))
         self._send()
 
@@ -283,8 +288,9 @@ class MemoryLink:
         """
         self.cut("the connection was lost", away_s=away_s)
 
-    def cut(self, reason: str, *, away_s: float = 0.0, abruptly: bool = True,
-            for_good: bool = False) -> None:
+    def cut(
+        self, reason: str, *, away_s: float = 0.0, abruptly: bool = True, for_good: bool = False
+    ) -> None:
         """End the connection from outside. For the broker; tests use `drop`."""
         if self._connected:
             self._connected = False

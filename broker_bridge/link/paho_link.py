@@ -71,19 +71,33 @@ class PahoLink(PahoSession):
         once and report success or failure as events. Raises LocalError for bad files.
         """
         context = None if tls is None else client_context(tls)
-        link = cls(SessionSettings(
-            host=host, port=port, client_id=client_id, tls=context, username=username,
-            password=password, will=will, will_delay_s=will_delay_s, keepalive_s=keepalive_s,
-            session_s=session_s, receive_max=receive_max,
-            receive_queue_bytes_max=receive_queue_bytes_max,
-            send_queue_bytes_max=send_queue_bytes_max, connect_timeout_s=connect_timeout_s,
-            backoff_first_s=backoff_first_s, backoff_max_s=backoff_max_s,
-            protocol=protocol, random=random))
+        link = cls(
+            SessionSettings(
+                host=host,
+                port=port,
+                client_id=client_id,
+                tls=context,
+                username=username,
+                password=password,
+                will=will,
+                will_delay_s=will_delay_s,
+                keepalive_s=keepalive_s,
+                session_s=session_s,
+                receive_max=receive_max,
+                receive_queue_bytes_max=receive_queue_bytes_max,
+                send_queue_bytes_max=send_queue_bytes_max,
+                connect_timeout_s=connect_timeout_s,
+                backoff_first_s=backoff_first_s,
+                backoff_max_s=backoff_max_s,
+                protocol=protocol,
+                random=random,
+            )
+        )
         link._thread.start()
         if wait_s is not None:
             try:
                 link._wait_for_first_connection(wait_s)
-            except BaseException:       # Ctrl-C too: nobody else could close it
+            except BaseException:  # Ctrl-C too: nobody else could close it
                 link.close()
                 raise
         return link
@@ -116,7 +130,7 @@ class PahoLink(PahoSession):
         try:
             while self._closing_since is None:
                 self._sleep(self._one_connection())
-        except Exception as error:      # a bug of ours: the owner must see it, not a dead thread
+        except Exception as error:  # a bug of ours: the owner must see it, not a dead thread
             self._crashed(error)
         finally:
             self._wake_read.close()
@@ -144,7 +158,7 @@ class PahoLink(PahoSession):
             reading, writing = self._prepare(this)
             sock = this.socket
             if sock is None:
-                return                  # the write found the connection gone
+                return  # the write found the connection gone
             wanted = reading * selectors.EVENT_READ | writing * selectors.EVENT_WRITE
             if wanted != waited_for:
                 _change(selector, sock, waited_for, wanted)
@@ -155,10 +169,13 @@ class PahoLink(PahoSession):
             events = {key.fileobj: mask for key, mask in selector.select(wait_s)}
             if self._wake_read in events:
                 self._wake_read.recv(4096)
-                self._poked = False     # before the queues are looked at: no poke gets lost
+                self._poked = False  # before the queues are looked at: no poke gets lost
             ready = events.get(sock, 0)
-            self._work(this, readable=bool(ready & selectors.EVENT_READ) or undelivered,
-                       writable=bool(ready & selectors.EVENT_WRITE))
+            self._work(
+                this,
+                readable=bool(ready & selectors.EVENT_READ) or undelivered,
+                writable=bool(ready & selectors.EVENT_WRITE),
+            )
 
     def _poke(self) -> None:
         # One is enough until the thread has looked: each costs a system call, and often a

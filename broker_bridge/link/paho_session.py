@@ -44,14 +44,14 @@ __all__ = ["Connection", "PahoSession", "SessionSettings"]
 
 log = logging.getLogger(__name__)
 
-_FILTERS_PER_SUBSCRIBE = 8          # what AWS IoT Core takes in one packet
-_UNSENT_DATA_TIMEOUT_MS = 30_000    # TCP gives up on a peer that acknowledges nothing
+_FILTERS_PER_SUBSCRIBE = 8  # what AWS IoT Core takes in one packet
+_UNSENT_DATA_TIMEOUT_MS = 30_000  # TCP gives up on a peer that acknowledges nothing
 _RECEIVED_PACKET_BYTES_MAX = 1 * MIB
 _READ_BYTES_MAX = 64 * 1024
-_TRESPASS = "it sent"               # begins what a broker did that no broker may
-_PACKETS_AT_ONCE = 32               # read before the owner gets a turn with the lock
-_GOOD_DEAL_BYTES = 16 * 1024        # more than greetings and a few control messages
-_UNSUPPORTED_VERSION = (0x01, 0x84)                     # MQTT 3.1.1 and MQTT 5 spelling
+_TRESPASS = "it sent"  # begins what a broker did that no broker may
+_PACKETS_AT_ONCE = 32  # read before the owner gets a turn with the lock
+_GOOD_DEAL_BYTES = 16 * 1024  # more than greetings and a few control messages
+_UNSUPPORTED_VERSION = (0x01, 0x84)  # MQTT 3.1.1 and MQTT 5 spelling
 _MAY_PASS = (0x03, 0x88, 0x89, 0x97, 0x9C, 0x9D, 0x9F)  # unavailable, busy, quota, moved, rate
 
 
@@ -98,7 +98,8 @@ class _BoundedClient(mqtt.Client):
     def _sock_recv(self, bufsize: int) -> bytes:
         if self._in_packet["remaining_length"] > _RECEIVED_PACKET_BYTES_MAX:
             raise ConnectionAbortedError(
-                f"{_TRESPASS} a packet of more than {_RECEIVED_PACKET_BYTES_MAX} bytes")
+                f"{_TRESPASS} a packet of more than {_RECEIVED_PACKET_BYTES_MAX} bytes"
+            )
         if self._in_packet["command"] & 0xF6 == 0x34:
             raise ConnectionAbortedError(f"{_TRESPASS} a message of QoS 2")
         return super()._sock_recv(min(bufsize, _READ_BYTES_MAX))
@@ -126,13 +127,15 @@ class PahoSession(QueuedLink):
 
     def __init__(self, settings: SessionSettings) -> None:
         self._protocol = "3.1.1" if settings.protocol == "3.1.1" else "5.0"
-        super().__init__(protocol=self._protocol,
-                         receive_queue_bytes_max=settings.receive_queue_bytes_max,
-                         send_queue_bytes_max=settings.send_queue_bytes_max)
+        super().__init__(
+            protocol=self._protocol,
+            receive_queue_bytes_max=settings.receive_queue_bytes_max,
+            send_queue_bytes_max=settings.send_queue_bytes_max,
+        )
         self._settings = settings
         self._failure: Failure | None = None
         self._carried_before = 0
-        self._is_old = False            # the broker said that it does not speak MQTT 5
+        self._is_old = False  # the broker said that it does not speak MQTT 5
         self._delay_s = settings.backoff_first_s
 
     # ── One connection, step by step ────────────────────────────────────────────────────
@@ -142,15 +145,21 @@ class PahoSession(QueuedLink):
         errors = _LastError("paho", logging.ERROR)
         farewell: list[Failure] = []
         self._carried_before = self.bytes_sent + self.bytes_received
-        return Connection(self._make_client(errors, farewell), errors, farewell,
-                          self.connections, time.monotonic())
+        return Connection(
+            self._make_client(errors, farewell),
+            errors,
+            farewell,
+            self.connections,
+            time.monotonic(),
+        )
 
     def _dial(self, this: Connection) -> None:
         """Look the broker up, connect, shake hands, send CONNECT. Blocks; uses no lock."""
         settings = self._settings
         try:
-            this.client.connect_async(settings.host, settings.port, settings.keepalive_s,
-                                      **self._session_options())
+            this.client.connect_async(
+                settings.host, settings.port, settings.keepalive_s, **self._session_options()
+            )
             this.client.reconnect()
         except OSError as error:
             self._broken(this, error)
@@ -162,9 +171,13 @@ class PahoSession(QueuedLink):
             return False
         greeted = self._greeted(this)
         if not greeted and now > this.greeting_ends_s:
-            this.farewell.append(Failure(
-                f"{self._settings.host}:{self._settings.port} accepted the connection but "
-                "did not answer; is it an MQTT broker?", try_older_mqtt=True))
+            this.farewell.append(
+                Failure(
+                    f"{self._settings.host}:{self._settings.port} accepted the connection but "
+                    "did not answer; is it an MQTT broker?",
+                    try_older_mqtt=True,
+                )
+            )
             return False
         return not self._say_goodbye(this.client, greeted, now)
 
@@ -211,8 +224,9 @@ class PahoSession(QueuedLink):
         if self._closing_since is not None:
             return 0.0
         greeted = self._greeted(this)
-        failure = this.farewell[0] if this.farewell else self._why_lost(this.errors.text,
-                                                                       greeted=greeted)
+        failure = (
+            this.farewell[0] if this.farewell else self._why_lost(this.errors.text, greeted=greeted)
+        )
         if not greeted and self._choose_protocol(failure):
             return 0.0
         if greeted and not self._is_old and self._settings.protocol == "auto":
@@ -254,12 +268,17 @@ class PahoSession(QueuedLink):
         if "SSL" in text:
             return explain_tls(text, where=where)
         if _TRESPASS in text:
-            return Failure(f"hung up on the broker at {where}: "
-                           f"{text[text.index(_TRESPASS):]}, which no broker may")
+            return Failure(
+                f"hung up on the broker at {where}: "
+                f"{text[text.index(_TRESPASS) :]}, which no broker may"
+            )
         if greeted:
             return Failure(f"the connection to {where} was lost")
-        return Failure(f"{where} hung up without a word; is it an MQTT broker, and is TLS set "
-                       "there as it is here?", try_older_mqtt=True)
+        return Failure(
+            f"{where} hung up without a word; is it an MQTT broker, and is TLS set "
+            "there as it is here?",
+            try_older_mqtt=True,
+        )
 
     def _make_client(self, errors: logging.Logger, farewell: list[Failure]) -> mqtt.Client:
         settings = self._settings
@@ -282,8 +301,13 @@ class PahoSession(QueuedLink):
         if settings.username is not None:
             client.username_pw_set(settings.username, settings.password)
         if settings.will is not None:
-            client.will_set(settings.will.topic, settings.will.payload, qos=1,
-                            retain=settings.will.retained, properties=self._will_properties())
+            client.will_set(
+                settings.will.topic,
+                settings.will.payload,
+                qos=1,
+                retain=settings.will.retained,
+                properties=self._will_properties(),
+            )
         client.on_connect = self._on_connect(farewell)
         client.on_disconnect = _on_disconnect(farewell)
         client.on_message = self._on_message
@@ -315,7 +339,7 @@ class PahoSession(QueuedLink):
         if self._closing_since is None:
             return False
         if not greeted or now - self._closing_since > GOODBYE_S:
-            client.disconnect()         # written at once if the socket takes it
+            client.disconnect()  # written at once if the socket takes it
             return True
         with self._changed:
             self._hand_over(client)
@@ -358,30 +382,41 @@ class PahoSession(QueuedLink):
     # paho's callbacks follow; all run on the network thread.
 
     def _on_connect(self, farewell: list[Failure]) -> Callable[..., None]:
-        def on_connect(_client: Any, _userdata: Any, flags: mqtt.ConnectFlags,
-                       reason: ReasonCode, properties: Properties | None) -> None:
+        def on_connect(
+            _client: Any,
+            _userdata: Any,
+            flags: mqtt.ConnectFlags,
+            reason: ReasonCode,
+            properties: Properties | None,
+        ) -> None:
             if reason.is_failure:
                 farewell.append(self._why_refused(reason))
             elif (most := _packet_bytes_max(properties)) < LIMITS.packet_bytes_min:
                 farewell.append(self._too_small(most))
             else:
                 self._welcome(flags.session_present, properties)
+
         return on_connect
 
     def _too_small(self, packet_bytes_max: int) -> Failure:
         return Failure(
             f"the broker at {self._settings.host}:{self._settings.port} takes packets of at most "
             f"{packet_bytes_max} bytes, and midge needs {LIMITS.packet_bytes_min}; raise its "
-            "limit (max_packet_size in mosquitto.conf)", final=True)
+            "limit (max_packet_size in mosquitto.conf)",
+            final=True,
+        )
 
     def _why_refused(self, reason: ReasonCode) -> Failure:
         where = f"{self._settings.host}:{self._settings.port}"
         if reason.value in _UNSUPPORTED_VERSION:
             self._is_old = self._protocol == "5.0"
-            return Failure(f"the broker at {where} does not speak MQTT {self._protocol}",
-                           try_older_mqtt=True)
-        return Failure(f"the broker at {where} would not let {self._settings.client_id!r} in: "
-                       f"{reason}", final=reason.value not in _MAY_PASS)
+            return Failure(
+                f"the broker at {where} does not speak MQTT {self._protocol}", try_older_mqtt=True
+            )
+        return Failure(
+            f"the broker at {where} would not let {self._settings.client_id!r} in: {reason}",
+            final=reason.value not in _MAY_PASS,
+        )
 
     def _welcome(self, resumed: bool, properties: Properties | None) -> None:
         packet = _packet_bytes_max(properties)
@@ -397,18 +432,29 @@ class PahoSession(QueuedLink):
         except UnicodeDecodeError:
             topic = ""
         if topic and len(message.payload) <= _RECEIVED_PACKET_BYTES_MAX:
-            self._deliver(topic, bytes(message.payload), retained=message.retain,
-                          packet_id=message.mid if message.qos else 0)
+            self._deliver(
+                topic,
+                bytes(message.payload),
+                retained=message.retain,
+                packet_id=message.mid if message.qos else 0,
+            )
         else:
             self.dropped_messages += 1
-            client.ack(message.mid, message.qos)        # or the broker would send it for ever
+            client.ack(message.mid, message.qos)  # or the broker would send it for ever
 
-    def _on_publish(self, _client: Any, _userdata: Any, packet_id: int,
-                    reason: ReasonCode, _properties: Any) -> None:
+    def _on_publish(
+        self, _client: Any, _userdata: Any, packet_id: int, reason: ReasonCode, _properties: Any
+    ) -> None:
         self._acknowledged(packet_id, refusal=str(reason) if reason.is_failure else None)
 
-    def _on_subscribe(self, _client: Any, _userdata: Any, packet_id: int,
-                      reasons: list[ReasonCode], _properties: Any) -> None:
+    def _on_subscribe(
+        self,
+        _client: Any,
+        _userdata: Any,
+        packet_id: int,
+        reasons: list[ReasonCode],
+        _properties: Any,
+    ) -> None:
         self._subscribed(packet_id, [str(each) if each.is_failure else None for each in reasons])
 
 
@@ -418,10 +464,16 @@ def _packet_bytes_max(properties: Properties | None) -> int:
 
 
 def _on_disconnect(farewell: list[Failure]) -> Callable[..., None]:
-    def on_disconnect(_client: Any, _userdata: Any, flags: mqtt.DisconnectFlags,
-                      reason: ReasonCode, _properties: Any) -> None:
+    def on_disconnect(
+        _client: Any,
+        _userdata: Any,
+        flags: mqtt.DisconnectFlags,
+        reason: ReasonCode,
+        _properties: Any,
+    ) -> None:
         if flags.is_disconnect_packet_from_server:
             farewell.append(Failure(f"the broker ended the connection: {reason}"))
+
     return on_disconnect
 
 
@@ -434,4 +486,4 @@ def _tune_socket(_client: Any, _userdata: Any, sock: Any) -> None:
 
 def _batches(filters: list[str]) -> list[list[str]]:
     step = _FILTERS_PER_SUBSCRIBE
-    return [filters[i:i + step] for i in range(0, len(filters), step)]
+    return [filters[i : i + step] for i in range(0, len(filters), step)]

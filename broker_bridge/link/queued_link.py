@@ -22,7 +22,7 @@ __all__ = ["GOODBYE_S", "MIB", "QueuedLink", "packet_bytes"]
 log = logging.getLogger(__name__)
 
 MIB = 1024 * 1024
-GOODBYE_S = 1.0                     # what close() waits for acknowledgements
+GOODBYE_S = 1.0  # what close() waits for acknowledgements
 FRUITLESS_CONNECTIONS_MAX = 5
 
 
@@ -36,16 +36,17 @@ def packet_bytes(topic: str, payload: bytes, *, protocol: str) -> int:
 class QueuedLink:
     """Everything of `link.base.Link` but the network, which subclasses supply."""
 
-    def __init__(self, *, protocol: str, receive_queue_bytes_max: int,
-                 send_queue_bytes_max: int) -> None:
+    def __init__(
+        self, *, protocol: str, receive_queue_bytes_max: int, send_queue_bytes_max: int
+    ) -> None:
         self._receive_queue_bytes_max = receive_queue_bytes_max
         self._send_queue_bytes_max = send_queue_bytes_max
         self._limits = LinkLimits(LIMITS.packet_bytes_max, LIMITS.inflight_max, protocol)
-        self.bytes_sent = 0             # topic and payload, repeats included
+        self.bytes_sent = 0  # topic and payload, repeats included
         self.bytes_received = 0
-        self.dropped_messages = 0       # came in, but too large or with an impossible topic
-        self.refused = 0                # publishes and subscriptions the broker would not have
-        self.last_refused = ""          # the topic or filter of the last one
+        self.dropped_messages = 0  # came in, but too large or with an impossible topic
+        self.refused = 0  # publishes and subscriptions the broker would not have
+        self.last_refused = ""  # the topic or filter of the last one
         self.connections = 0
 
         # One lock for all that both threads touch.
@@ -58,12 +59,12 @@ class QueuedLink:
         self._news: Connected | Disconnected | None = None
         self._news_lost_session = False
         self._acks: deque[int] = deque()
-        self._filters: dict[str, bool] = {}         # filter -> confirmed by the broker
+        self._filters: dict[str, bool] = {}  # filter -> confirmed by the broker
         self._to_subscribe: list[str] = []
         self._to_unsubscribe: list[str] = []
         self._subscribing: dict[int, list[str]] = {}
-        self._answers = 0               # acknowledgements in this connection
-        self._fruitless = 0             # connections in a row that ended without one
+        self._answers = 0  # acknowledgements in this connection
+        self._fruitless = 0  # connections in a row that ended without one
         self._connected = False
         self._woken = False
         self._closing_since: float | None = None
@@ -95,12 +96,16 @@ class QueuedLink:
             if self._closing_since is not None:
                 raise LinkError(f"the link is closed; nothing was sent to {topic}")
             if size > self._limits.packet_bytes_max:
-                raise LinkError(f"{size} bytes for {topic} are more than the broker's limit of "
-                                f"{self._limits.packet_bytes_max}; send smaller chunks")
+                raise LinkError(
+                    f"{size} bytes for {topic} are more than the broker's limit of "
+                    f"{self._limits.packet_bytes_max}; send smaller chunks"
+                )
             full = len(self._outgoing) >= LIMITS.send_queue_messages_max
             if full or self._outgoing_bytes + size > self._send_queue_bytes_max:
-                raise LinkError(f"{len(self._outgoing)} publishes wait for the broker; "
-                                "ask room() or flush() before sending more")
+                raise LinkError(
+                    f"{len(self._outgoing)} publishes wait for the broker; "
+                    "ask room() or flush() before sending more"
+                )
             self._outgoing.append(Message(topic, payload, retain))
             self._outgoing_bytes += len(topic) + len(payload)
         self._poke()
@@ -171,7 +176,7 @@ class QueuedLink:
         message by now, and the broker sends it again anyway.
         """
         if message.token == 0:
-            return                      # QoS 0: nothing to acknowledge
+            return  # QoS 0: nothing to acknowledge
         with self._changed:
             self._acks.append(message.token)
         self._poke()
@@ -281,8 +286,10 @@ class QueuedLink:
         return not self._outgoing and not self._inflight
 
     def _may_read(self) -> bool:
-        return (len(self._inbox) < LIMITS.receive_queue_messages_max
-                and self._inbox_bytes < self._receive_queue_bytes_max)
+        return (
+            len(self._inbox) < LIMITS.receive_queue_messages_max
+            and self._inbox_bytes < self._receive_queue_bytes_max
+        )
 
     def _raise_crash(self) -> None:
         if self._crash is not None:

@@ -39,7 +39,7 @@ def client_context(files: TlsFiles) -> ssl.SSLContext:
 
     Raises LocalError, naming the file, when one is missing, unreadable or no PEM.
     """
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)    # verifies certificate and host name
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # verifies certificate and host name
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     _check_readable(files.ca, "CA certificate")
     try:
@@ -86,19 +86,25 @@ def explain(error: OSError, *, host: str, port: int) -> Failure:
         return Failure(
             f"the broker at {where} is not who it should be: {error.verify_message}; "
             "check that the CA file belongs to this broker, that the broker's certificate "
-            f"names {host!r}, and that this machine's clock is right", final=True)
+            f"names {host!r}, and that this machine's clock is right",
+            final=True,
+        )
     if isinstance(error, ssl.SSLError):
         return explain_tls(str(error), where=where)
     if isinstance(error, socket.gaierror):
-        return Failure(f"no machine is called {host!r} ({error.strerror}); "
-                       "check the broker's name and this machine's DNS")
+        return Failure(
+            f"no machine is called {host!r} ({error.strerror}); "
+            "check the broker's name and this machine's DNS"
+        )
     if isinstance(error, ConnectionRefusedError):
         return Failure(f"nothing listens at {where}; start the broker there or correct the port")
     if isinstance(error, TimeoutError):
         return Failure(f"no answer from {where}; check the address, the firewall and the network")
     if isinstance(error, ConnectionResetError):
-        return Failure(f"{where} hung up during the greeting; is it an MQTT broker, with TLS "
-                       "set as it is here?")
+        return Failure(
+            f"{where} hung up during the greeting; is it an MQTT broker, with TLS "
+            "set as it is here?"
+        )
     return Failure(f"no connection to {where}: {error.strerror or error}")
 
 
@@ -106,16 +112,28 @@ def explain_tls(text: str, *, where: str) -> Failure:
     """Say what OpenSSL meant by `text`."""
     alert = text.upper().replace(" ", "_")
     if "WRONG_VERSION_NUMBER" in alert or "RECORD_LAYER_FAILURE" in alert:
-        return Failure(f"the broker at {where} does not speak TLS on this port; "
-                       "use its TLS port, or no TLS", final=True)
+        return Failure(
+            f"the broker at {where} does not speak TLS on this port; use its TLS port, or no TLS",
+            final=True,
+        )
     if "CERTIFICATE_REQUIRED" in alert or "HANDSHAKE_FAILURE" in alert:
         return Failure(f"the broker at {where} wants a client certificate; give one", final=True)
     if any(word in alert for word in _REFUSED_ALERTS):
-        return Failure(f"the broker at {where} refused our client certificate; it may be from "
-                       "another CA, expired or revoked: enrol again", final=True)
+        return Failure(
+            f"the broker at {where} refused our client certificate; it may be from "
+            "another CA, expired or revoked: enrol again",
+            final=True,
+        )
     return Failure(f"TLS with {where} failed: {text}")
 
 
-_REFUSED_ALERTS = ("UNKNOWN_CA", "BAD_CERTIFICATE", "CERTIFICATE_EXPIRED", "CERTIFICATE_REVOKED",
-                   "CERTIFICATE_UNKNOWN", "UNSUPPORTED_CERTIFICATE", "ACCESS_DENIED",
-                   "DECRYPT_ERROR")
+_REFUSED_ALERTS = (
+    "UNKNOWN_CA",
+    "BAD_CERTIFICATE",
+    "CERTIFICATE_EXPIRED",
+    "CERTIFICATE_REVOKED",
+    "CERTIFICATE_UNKNOWN",
+    "UNSUPPORTED_CERTIFICATE",
+    "ACCESS_DENIED",
+    "DECRYPT_ERROR",
+)

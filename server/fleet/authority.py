@@ -95,8 +95,9 @@ class Authority:
             # path_length 0: it may sign clients and brokers, and no further CA.
             .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
             .add_extension(_usage(certificates=True), critical=True)
-            .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()),
-                           critical=False)
+            .add_extension(
+                x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False
+            )
         )
         return cls(builder.sign(key, hashes.SHA256()), key)
 
@@ -107,13 +108,16 @@ class Authority:
             ca = x509.load_pem_x509_certificate(certificate)
             private = serialization.load_pem_private_key(key, password=None)
         except (ValueError, TypeError) as error:
-            raise LocalError("the CA certificate or its key is not unencrypted PEM; "
-                             "restore both from your backup") from error
+            raise LocalError(
+                "the CA certificate or its key is not unencrypted PEM; "
+                "restore both from your backup"
+            ) from error
         if not isinstance(private, ec.EllipticCurvePrivateKey):
             raise LocalError("the CA key is not an elliptic-curve key; use the CA that midge made")
         if ca.public_key() != private.public_key():
-            raise LocalError("the CA key does not belong to the CA certificate; "
-                             "restore both from one backup")
+            raise LocalError(
+                "the CA key does not belong to the CA certificate; restore both from one backup"
+            )
         return cls(ca, private)
 
     @property
@@ -139,12 +143,20 @@ class Authority:
         Clients check the name they dial against this list, so it must hold each of them.
         """
         if not hosts:
-            raise LocalError("the broker's certificate must name a host; give the name or "
-                             "address under which devices reach the broker")
+            raise LocalError(
+                "the broker's certificate must name a host; give the name or "
+                "address under which devices reach the broker"
+            )
         key = ec.generate_private_key(ec.SECP256R1())
         names = x509.SubjectAlternativeName([_host(each) for each in hosts])
-        builder = self._leaf(hosts[0][:64], key.public_key(), ExtendedKeyUsageOID.SERVER_AUTH,
-                             now=now, days=days, backdate=backdate)
+        builder = self._leaf(
+            hosts[0][:64],
+            key.public_key(),
+            ExtendedKeyUsageOID.SERVER_AUTH,
+            now=now,
+            days=days,
+            backdate=backdate,
+        )
         builder = builder.add_extension(names, critical=False)
         return Issued(_pem(builder.sign(self._key, hashes.SHA256())), _pem_key(key))
 
@@ -193,8 +205,10 @@ class Authority:
         try:
             public = Ed25519PublicKey.from_public_bytes(ed25519_public)
         except ValueError as error:
-            raise LocalError(f"an Ed25519 public key has 32 bytes, not {len(ed25519_public)}; "
-                             "enrol the device again") from error
+            raise LocalError(
+                f"an Ed25519 public key has 32 bytes, not {len(ed25519_public)}; "
+                "enrol the device again"
+            ) from error
         return self._client(name, public, now=now, days=days, backdate=backdate)
 
     def revocation_list(
@@ -222,32 +236,45 @@ class Authority:
     def issued(self, certificate: bytes) -> bool:
         """Whether this CA signed `certificate` (PEM). Says nothing about its dates."""
         try:
-            x509.load_pem_x509_certificate(certificate).verify_directly_issued_by(
-                self._certificate)
+            x509.load_pem_x509_certificate(certificate).verify_directly_issued_by(self._certificate)
         except (ValueError, TypeError, InvalidSignature):
             return False
         return True
 
-    def _with_new_key(
-        self, name: str, *, now: datetime, days: int, backdate: timedelta
-    ) -> Issued:
+    def _with_new_key(self, name: str, *, now: datetime, days: int, backdate: timedelta) -> Issued:
         key = ec.generate_private_key(ec.SECP256R1())
         certificate = self._client(name, key.public_key(), now=now, days=days, backdate=backdate)
         return Issued(certificate, _pem_key(key))
 
-    def _client(self, name: str, public: PublicKey, *, now: datetime, days: int,
-                backdate: timedelta) -> bytes:
-        builder = self._leaf(name, public, ExtendedKeyUsageOID.CLIENT_AUTH,
-                             now=now, days=days, backdate=backdate)
+    def _client(
+        self, name: str, public: PublicKey, *, now: datetime, days: int, backdate: timedelta
+    ) -> bytes:
+        builder = self._leaf(
+            name, public, ExtendedKeyUsageOID.CLIENT_AUTH, now=now, days=days, backdate=backdate
+        )
         return _pem(builder.sign(self._key, hashes.SHA256()))
 
-    def _leaf(self, name: str, public: PublicKey, use: x509.ObjectIdentifier, *, now: datetime,
-              days: int, backdate: timedelta) -> x509.CertificateBuilder:
+    def _leaf(
+        self,
+        name: str,
+        public: PublicKey,
+        use: x509.ObjectIdentifier,
+        *,
+        now: datetime,
+        days: int,
+        backdate: timedelta,
+    ) -> x509.CertificateBuilder:
         # One purpose each: a device's certificate cannot pose as a broker.
         ours = x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key())
         return (
-            _builder(_name(name), self._certificate.subject, public,
-                     now=now, days=days, backdate=backdate)
+            _builder(
+                _name(name),
+                self._certificate.subject,
+                public,
+                now=now,
+                days=days,
+                backdate=backdate,
+            )
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(_usage(certificates=False), critical=True)
             .add_extension(x509.ExtendedKeyUsage([use]), critical=False)
@@ -264,11 +291,15 @@ def check_device_name(name: str) -> None:
     carry their rights.
     """
     if not _NAME.fullmatch(name) or len(name) > LIMITS.name_chars_max:
-        raise LocalError(f"{name!r} cannot be a device's name; use at most "
-                         f"{LIMITS.name_chars_max} of a-z, 0-9 and inner '-'")
+        raise LocalError(
+            f"{name!r} cannot be a device's name; use at most "
+            f"{LIMITS.name_chars_max} of a-z, 0-9 and inner '-'"
+        )
     if name.startswith(_RESERVED_PREFIX):
-        raise LocalError(f"{name!r} cannot be a device's name: names that begin with "
-                         f"{_RESERVED_PREFIX!r} belong to the server and the operator")
+        raise LocalError(
+            f"{name!r} cannot be a device's name: names that begin with "
+            f"{_RESERVED_PREFIX!r} belong to the server and the operator"
+        )
 
 
 def read_certificate(pem: bytes) -> CertificateFacts:
@@ -279,8 +310,10 @@ def read_certificate(pem: bytes) -> CertificateFacts:
         constraints = _extension(certificate, x509.BasicConstraints)
         alternatives = _extension(certificate, x509.SubjectAlternativeName)
     except ValueError as error:
-        raise LocalError("this is not a certificate in PEM form; give the .pem or .crt file "
-                         "that came with the bundle") from error
+        raise LocalError(
+            "this is not a certificate in PEM form; give the .pem or .crt file "
+            "that came with the bundle"
+        ) from error
     hosts = () if alternatives is None else tuple(str(each.value) for each in alternatives)
     return CertificateFacts(
         name=str(names[0].value) if names else "",
@@ -302,8 +335,15 @@ def write_public(path: Path, pem: bytes) -> None:
     write_atomic(path, pem, mode=0o644)
 
 
-def _builder(subject: x509.Name, issuer: x509.Name, public: PublicKey, *, now: datetime,
-             days: int, backdate: timedelta) -> x509.CertificateBuilder:
+def _builder(
+    subject: x509.Name,
+    issuer: x509.Name,
+    public: PublicKey,
+    *,
+    now: datetime,
+    days: int,
+    backdate: timedelta,
+) -> x509.CertificateBuilder:
     if now.tzinfo is None:
         raise ValueError("a time without a zone would be off by hours somewhere; pass UTC")
     return (
@@ -319,9 +359,16 @@ def _builder(subject: x509.Name, issuer: x509.Name, public: PublicKey, *, now: d
 
 def _usage(*, certificates: bool) -> x509.KeyUsage:
     return x509.KeyUsage(
-        digital_signature=not certificates, key_cert_sign=certificates, crl_sign=certificates,
-        content_commitment=False, key_encipherment=False, data_encipherment=False,
-        key_agreement=False, encipher_only=False, decipher_only=False)
+        digital_signature=not certificates,
+        key_cert_sign=certificates,
+        crl_sign=certificates,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        encipher_only=False,
+        decipher_only=False,
+    )
 
 
 def _name(common_name: str) -> x509.Name:
@@ -351,5 +398,6 @@ def _pem(certificate: x509.Certificate) -> bytes:
 
 
 def _pem_key(key: ec.EllipticCurvePrivateKey) -> bytes:
-    return key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8,
-                             serialization.NoEncryption())
+    return key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )

@@ -40,7 +40,7 @@ _names = itertools.count()
 class Engine:
     """One broker, and links to it whose wire can be cut."""
 
-    lacks: dict[str, str] = {}      # noqa: RUF012 - a constant table
+    lacks: dict[str, str] = {}  # noqa: RUF012 - a constant table
 
     def needs(self, feature: str) -> None:
         if feature in self.lacks:
@@ -78,9 +78,17 @@ class PahoEngine(Engine):
 
     def connect(self, name, *, will=None, session_s=600):
         proxy = Proxy(self.port)
-        link = PahoLink.open("127.0.0.1", proxy.port, client_id=name, will=will,
-                             session_s=session_s, protocol=self.protocol, backoff_first_s=0.05,
-                             backoff_max_s=0.5, wait_s=20)
+        link = PahoLink.open(
+            "127.0.0.1",
+            proxy.port,
+            client_id=name,
+            will=will,
+            session_s=session_s,
+            protocol=self.protocol,
+            backoff_first_s=0.05,
+            backoff_max_s=0.5,
+            wait_s=20,
+        )
         self._open.append((link, proxy))
         return link
 
@@ -112,9 +120,17 @@ class PolledEngine(PahoEngine):
 
     def connect(self, name, *, will=None, session_s=600):
         proxy = Proxy(self.port)
-        link = self.poller.open(SessionSettings(
-            host="127.0.0.1", port=proxy.port, client_id=name, will=will, session_s=session_s,
-            backoff_first_s=0.05, backoff_max_s=0.5))
+        link = self.poller.open(
+            SessionSettings(
+                host="127.0.0.1",
+                port=proxy.port,
+                client_id=name,
+                will=will,
+                session_s=session_s,
+                backoff_first_s=0.05,
+                backoff_max_s=0.5,
+            )
+        )
         self._open.append((link, proxy))
         return link
 
@@ -148,8 +164,9 @@ def _wait_for(port: int) -> None:
     give_up = time.monotonic() + 30
     while True:
         try:
-            PahoLink.open("127.0.0.1", port, client_id="probe", session_s=0, protocol="3.1.1",
-                          wait_s=30).close()
+            PahoLink.open(
+                "127.0.0.1", port, client_id="probe", session_s=0, protocol="3.1.1", wait_s=30
+            ).close()
             return
         except Exception:
             if time.monotonic() > give_up:
@@ -158,6 +175,5 @@ def _wait_for(port: int) -> None:
 
 @contextmanager
 def broker(folder: Path, engine: str):
-    with LocalBroker(folder, port=free_port(), engine=engine,
-                     conf_text=PLAIN_MOSQUITTO) as running:
+    with LocalBroker(folder, port=free_port(), engine=engine, conf_text=PLAIN_MOSQUITTO) as running:
         yield running.port

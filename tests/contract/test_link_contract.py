@@ -8,15 +8,17 @@ from broker_bridge.link.base import Connected, Disconnected, Link, Message
 from tests.contract import engines
 
 GIVE_UP_S = 20.0
-QUIET_S = 0.25      # how long nothing must come before we believe that nothing comes
+QUIET_S = 0.25  # how long nothing must come before we believe that nothing comes
 
 IOTCORE_LACKS = {
     "retained again": "iotcore sends retained messages for a filter's first subscription only",
 }
 
 
-@pytest.fixture(scope="module", params=["memory", "mosquitto-5.0", "mosquitto-3.1.1", "polled",
-                                        "nats", "iotcore"])
+@pytest.fixture(
+    scope="module",
+    params=["memory", "mosquitto-5.0", "mosquitto-3.1.1", "polled", "nats", "iotcore"],
+)
 def running(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("broker")
     if request.param == "memory":
@@ -118,8 +120,9 @@ def test_the_first_event_says_connected_and_a_new_name_has_no_session(engine):
     assert 1 <= link.limits.inflight_max <= LIMITS.inflight_max
 
 
-@pytest.mark.parametrize("payload", [b"", bytes(range(256)), b"x" * 50_000],
-                         ids=["empty", "all-bytes", "large"])
+@pytest.mark.parametrize(
+    "payload", [b"", bytes(range(256)), b"x" * 50_000], ids=["empty", "all-bytes", "large"]
+)
 def test_a_publish_arrives_byte_for_byte(engine, payload):
     topic = engine.unique()
     reader, writer = listening(engine, topic), connected(engine)
@@ -386,7 +389,7 @@ def test_a_second_client_with_the_same_name_takes_over(engine):
     assert wait_until(second, Connected).resumed
     second.publish(topic, b"mine now")
     while take(second, 1)[0].payload != b"mine now":
-        pass        # what the first had not acknowledged in time comes again
+        pass  # what the first had not acknowledged in time comes again
 
 
 def test_bytes_are_counted_in_both_directions(engine):

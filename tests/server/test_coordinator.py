@@ -78,7 +78,8 @@ def announcement_of(effect: OpenRound, number: int) -> Opened:
     announcement = Announcement(
         federation="demo", round=number, state="open", task=BLOB, task_name="wearables",
         model=BLOB, model_version=number, settings=Settings(epochs=1, learning_rate=0.1),
-        delta_bound=10.0, weight_max=WEIGHT_MAX, fraction_bits=32, round_key=b"k" * 32, fleet_epoch=1,
+        delta_bound=10.0, weight_max=WEIGHT_MAX, fraction_bits=32, round_key=b"k" * 32,
+        fleet_epoch=1,
         issued_at=0.0, deadline_s=effect.run.deadline_s, target=effect.target,
         quorum=effect.quorum, lottery_seed=b"s" * 32, lottery_threshold=2**32,
     )  # fmt: skip

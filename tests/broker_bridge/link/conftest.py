@@ -25,8 +25,9 @@ class Pki:
         """Where the certificate of `name` is; made when first asked for."""
         if not (self.folder / f"{name}.pem").exists():
             self._put(name, issued or self._issue(name))
-        return TlsFiles(self.folder / "ca.pem", self.folder / f"{name}.pem",
-                        self.folder / f"{name}-key.pem")
+        return TlsFiles(
+            self.folder / "ca.pem", self.folder / f"{name}.pem", self.folder / f"{name}-key.pem"
+        )
 
     def _issue(self, name):
         if name == "midge-server":
@@ -61,8 +62,7 @@ def plain_broker(tmp_path):
 
     def start(*options, port=None):
         text = "\n".join(["listener 1", "user mosquitto", "allow_anonymous true", *options])
-        broker = LocalBroker(tmp_path, port=port or free_port(), engine="mosquitto",
-                             conf_text=text)
+        broker = LocalBroker(tmp_path, port=port or free_port(), engine="mosquitto", conf_text=text)
         broker.start()
         running.append(broker)
         return broker

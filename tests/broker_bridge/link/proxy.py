@@ -18,9 +18,9 @@ class Proxy:
         self._lock = threading.Lock()
         self._pairs: dict[socket.socket, socket.socket] = {}
         self._stopping = False
-        self.blocked = False        # take no new connections
-        self.stalled = False        # keep connections, forward nothing: a half-open line
-        self.swallow: bytes | None = None       # what holds these bytes is not forwarded
+        self.blocked = False  # take no new connections
+        self.stalled = False  # keep connections, forward nothing: a half-open line
+        self.swallow: bytes | None = None  # what holds these bytes is not forwarded
         self.accepted = 0
         self._thread = threading.Thread(target=self._relay, daemon=True)
         self._thread.start()

@@ -36,6 +36,6 @@ def subscribed(link, *filters, echo):
             event = link.receive(1.0)
         if event is not None:
             link.ack(event)
-            got += event.topic == echo      # what was retained comes too, and before
+            got += event.topic == echo  # what was retained comes too, and before
         assert sent < GIVE_UP_S
     return link

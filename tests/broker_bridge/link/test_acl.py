@@ -24,6 +24,7 @@ def fleet(tls_broker, pki, links):
         files = options.pop("tls", None) or pki.files(name)
         options = {"session_s": 0} | options
         return links(tls_broker.port, name, tls=files, **options)
+
     return connect
 
 
@@ -40,13 +41,36 @@ def heard(server, speaker, topic):
 
 
 FORBIDDEN_TO_A_DEVICE = [
-    f"{FED}/{tail}" for tail in (
-        "up/0/ward-2/join", "up/0/ward-2/data", "up/0/ward-1", "up/0/ward-1/data/more",
-        "up/ward-1/join", "up/0/0/ward-1/join", "round", "ctl", "ctl/reply", "srv", "metrics",
-        "model/0", "task/0", "down/ward-1/go", "down/ward-2/go", "dev/ward-2/state",
-        "dev/ward-1", "dev/ward-1/state/x", "dev/ward-1/other", "up/0/midge-server/join")
-] + ["midge/v1/ward-1", "midge/v2/demo/up/0/ward-1/join", "elsewhere",
-     "$CONTROL/dynamic-security/v1", "$SYS/broker/uptime"]
+    f"{FED}/{tail}"
+    for tail in (
+        "up/0/ward-2/join",
+        "up/0/ward-2/data",
+        "up/0/ward-1",
+        "up/0/ward-1/data/more",
+        "up/ward-1/join",
+        "up/0/0/ward-1/join",
+        "round",
+        "ctl",
+        "ctl/reply",
+        "srv",
+        "metrics",
+        "model/0",
+        "task/0",
+        "down/ward-1/go",
+        "down/ward-2/go",
+        "dev/ward-2/state",
+        "dev/ward-1",
+        "dev/ward-1/state/x",
+        "dev/ward-1/other",
+        "up/0/midge-server/join",
+    )
+] + [
+    "midge/v1/ward-1",
+    "midge/v2/demo/up/0/ward-1/join",
+    "elsewhere",
+    "$CONTROL/dynamic-security/v1",
+    "$SYS/broker/uptime",
+]
 
 
 @pytest.mark.parametrize("protocol", ["5.0", "3.1.1"])
@@ -56,15 +80,18 @@ def test_a_device_is_heard_under_its_own_name_only(fleet, server, protocol):
         device.publish(topic, b"forged", retain=True)
     assert device.flush(GIVE_UP_S)
     assert heard(server, device, f"{FED}/up/0/ward-1/join") == []
-    if protocol == "5.0":       # MQTT 3.1.1 has no word for "not authorised"
+    if protocol == "5.0":  # MQTT 3.1.1 has no word for "not authorised"
         assert device.refused == len(FORBIDDEN_TO_A_DEVICE)
         assert device.last_refused == FORBIDDEN_TO_A_DEVICE[-1]
 
 
 def test_what_a_device_may_say_arrives(fleet, server):
     device = fleet("ward-1")
-    allowed = [f"{FED}/up/{shard}/ward-1/{kind}"
-               for shard in ("0", "7") for kind in ("enrol", "join", "init", "data", "need")]
+    allowed = [
+        f"{FED}/up/{shard}/ward-1/{kind}"
+        for shard in ("0", "7")
+        for kind in ("enrol", "join", "init", "data", "need")
+    ]
     allowed.append(f"{FED}/dev/ward-1/state")
     for topic in allowed:
         device.publish(topic, b"hello")
@@ -73,8 +100,9 @@ def test_what_a_device_may_say_arrives(fleet, server):
     assert device.refused == 0
 
 
-@pytest.mark.parametrize(("topic", "is_heard"), [(f"{FED}/dev/ward-1/state", True),
-                                                 (f"{FED}/dev/ward-2/state", False)])
+@pytest.mark.parametrize(
+    ("topic", "is_heard"), [(f"{FED}/dev/ward-1/state", True), (f"{FED}/dev/ward-2/state", False)]
+)
 def test_a_last_will_is_published_on_the_devices_own_state_only(fleet, server, topic, is_heard):
     fleet("ward-1", will=Message(topic, b"lost", retained=True))
     # The same name again throws the first connection out, and so raises its will.
@@ -85,15 +113,26 @@ def test_a_last_will_is_published_on_the_devices_own_state_only(fleet, server, t
 def test_a_device_that_subscribes_to_everything_hears_its_own_and_the_public(fleet, server):
     public = [f"{FED}/{tail}" for tail in ("round", "task/0", "model/0", "srv")]
     own = [f"{FED}/down/ward-1/{kind}" for kind in ("go", "need", "ack", "cfg")]
-    others = [f"{FED}/{tail}" for tail in (
-        "down/ward-2/go", "down/ward-2/cfg", "ctl", "ctl/reply", "metrics",
-        "dev/ward-2/state", "up/0/ward-2/data", "up/0/ward-1/data", "model/0/x")]
+    others = [
+        f"{FED}/{tail}"
+        for tail in (
+            "down/ward-2/go",
+            "down/ward-2/cfg",
+            "ctl",
+            "ctl/reply",
+            "metrics",
+            "dev/ward-2/state",
+            "up/0/ward-2/data",
+            "up/0/ward-1/data",
+            "model/0/x",
+        )
+    ]
     for topic in (*public, *own, *others):
         server.publish(topic, b"kept", retain=True)
     assert server.flush(GIVE_UP_S)
     device = fleet("ward-1")
     device.subscribe(["#", "+/#", "$SYS/#"])
-    first = event_of(device, Message)       # what is retained shows that the filters hold
+    first = event_of(device, Message)  # what is retained shows that the filters hold
     for topic in (*public, *own, *others):
         server.publish(topic, b"live")
     server.publish(f"{FED}/down/ward-1/ack", b"end")
@@ -108,8 +147,19 @@ def test_a_device_that_subscribes_to_everything_hears_its_own_and_the_public(fle
 
 def test_the_operator_commands_and_watches_and_cannot_announce(fleet, server):
     operator = fleet("midge-operator")
-    forbidden = [f"{FED}/{tail}" for tail in ("round", "model/0", "task/0", "srv", "metrics",
-                                              "ctl/reply", "down/ward-1/go", "dev/ward-1/state")]
+    forbidden = [
+        f"{FED}/{tail}"
+        for tail in (
+            "round",
+            "model/0",
+            "task/0",
+            "srv",
+            "metrics",
+            "ctl/reply",
+            "down/ward-1/go",
+            "dev/ward-1/state",
+        )
+    ]
     for topic in forbidden:
         operator.publish(topic, b"forged")
     assert operator.flush(GIVE_UP_S)
@@ -117,8 +167,9 @@ def test_the_operator_commands_and_watches_and_cannot_announce(fleet, server):
     assert heard(server, operator, f"{FED}/ctl") == []
 
     operator.subscribe(["midge/v1/#"])
-    seen = [f"{FED}/{tail}" for tail in ("ctl/reply", "srv", "metrics", "round",
-                                         "dev/ward-1/state")]
+    seen = [
+        f"{FED}/{tail}" for tail in ("ctl/reply", "srv", "metrics", "round", "dev/ward-1/state")
+    ]
     unseen = [f"{FED}/{tail}" for tail in ("down/ward-1/go", "up/0/ward-1/data", "ctl")]
     while not any(m.payload == b"ready" for m in _poll(operator)):
         server.publish(f"{FED}/metrics", b"ready")
@@ -154,15 +205,21 @@ def test_an_expired_certificate_gets_nobody_in(tls_broker, pki, links):
 
 def test_the_brokers_own_certificate_is_no_ticket_in(tls_broker, pki, links):
     with pytest.raises(LinkError, match="refused our client certificate"):
-        links(tls_broker.port, "ward-1", tls=TlsFiles(
-            pki.folder / "ca.pem", pki.folder / "broker.pem", pki.folder / "broker-key.pem"))
+        links(
+            tls_broker.port,
+            "ward-1",
+            tls=TlsFiles(
+                pki.folder / "ca.pem", pki.folder / "broker.pem", pki.folder / "broker-key.pem"
+            ),
+        )
 
 
 def test_a_device_with_its_own_ed25519_key_gets_in(fleet, server, pki):
     key = Ed25519PrivateKey.generate()
     public = key.public_key().public_bytes_raw()
-    private = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8,
-                                serialization.NoEncryption())
+    private = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
     certificate = pki.ca.issue_for_public_key(public, "ward-9", now=pki.now)
     device = fleet("ward-9", tls=pki.files("ward-9", issued=Issued(certificate, private)))
     assert heard(server, device, f"{FED}/up/0/ward-9/enrol") == []
@@ -175,8 +232,12 @@ def switched_on(option, pki, tmp_path):
     text = shipped_file("mosquitto.conf").read_text()
     assert f"\n#{option} " in text
     shutil.copyfile(shipped_file("mosquitto.acl"), folder / "mosquitto.acl")
-    return LocalBroker(folder, port=free_port(), engine="mosquitto",
-                       conf_text=text.replace(f"\n#{option} ", f"\n{option} "))
+    return LocalBroker(
+        folder,
+        port=free_port(),
+        engine="mosquitto",
+        conf_text=text.replace(f"\n#{option} ", f"\n{option} "),
+    )
 
 
 def test_a_revoked_device_is_shut_out_and_the_others_are_not(pki, tmp_path, links):

@@ -7,13 +7,28 @@ from hypothesis import strategies as st
 from broker_bridge.link.filters import check_filter, check_topic, matches
 
 
-@pytest.mark.parametrize(("wanted", "topic", "expected"), [
-    ("a/b", "a/b", True), ("a/b", "a/c", False), ("a/+", "a/b", True), ("a/+", "a/b/c", False),
-    ("a/+", "a", False), ("a/#", "a", True), ("a/#", "a/b/c", True), ("#", "a/b", True),
-    ("+/+", "/a", True), ("+", "/a", False), ("/+", "/a", True), ("a/+/c", "a//c", True),
-    ("#", "$SYS/x", False), ("+/x", "$SYS/x", False), ("$SYS/#", "$SYS/x", True),
-    ("a", "ab", False), ("a/#", "ab", False),
-])
+@pytest.mark.parametrize(
+    ("wanted", "topic", "expected"),
+    [
+        ("a/b", "a/b", True),
+        ("a/b", "a/c", False),
+        ("a/+", "a/b", True),
+        ("a/+", "a/b/c", False),
+        ("a/+", "a", False),
+        ("a/#", "a", True),
+        ("a/#", "a/b/c", True),
+        ("#", "a/b", True),
+        ("+/+", "/a", True),
+        ("+", "/a", False),
+        ("/+", "/a", True),
+        ("a/+/c", "a//c", True),
+        ("#", "$SYS/x", False),
+        ("+/x", "$SYS/x", False),
+        ("$SYS/#", "$SYS/x", True),
+        ("a", "ab", False),
+        ("a/#", "ab", False),
+    ],
+)
 def test_filters_match_as_the_standard_says(wanted, topic, expected):
     assert matches(wanted, topic) == expected
 

@@ -20,8 +20,9 @@ def options(text):
 
 
 def test_rendering_changes_the_listener_the_folders_the_user_and_nothing_else():
-    rendered = render_config(SHIPPED, port=1234, bind="127.0.0.1",
-                             folder=PurePosixPath("/some where"), user="me")
+    rendered = render_config(
+        SHIPPED, port=1234, bind="127.0.0.1", folder=PurePosixPath("/some where"), user="me"
+    )
     before, after = SHIPPED.splitlines(), rendered.splitlines()
     changed = [(a, b) for a, b in zip(before, after, strict=True) if a != b]
     assert changed == [
@@ -36,22 +37,43 @@ def test_rendering_changes_the_listener_the_folders_the_user_and_nothing_else():
 
 
 def test_rendering_for_the_shipped_place_changes_nothing_but_the_address():
-    rendered = render_config(SHIPPED, port=8883, bind="0.0.0.0",    # noqa: S104
-                             folder=PurePosixPath("/etc/mosquitto/midge"))
-    assert rendered.replace("listener 8883 0.0.0.0", "listener 8883").replace(
-        "persistence_location /etc/mosquitto/midge/", "persistence_location /var/lib/mosquitto/"
-    ) == SHIPPED
+    rendered = render_config(
+        SHIPPED,
+        port=8883,
+        bind="0.0.0.0",  # noqa: S104
+        folder=PurePosixPath("/etc/mosquitto/midge"),
+    )
+    assert (
+        rendered.replace("listener 8883 0.0.0.0", "listener 8883").replace(
+            "persistence_location /etc/mosquitto/midge/", "persistence_location /var/lib/mosquitto/"
+        )
+        == SHIPPED
+    )
 
 
 def test_the_shipped_file_locks_the_door_and_names_its_limits():
     lines = options(SHIPPED)
-    for line in ("per_listener_settings false", "listener 8883", "require_certificate true",
-                 "use_identity_as_username true", "allow_anonymous false",
-                 "tls_version tlsv1.2", "persistence true"):
+    for line in (
+        "per_listener_settings false",
+        "listener 8883",
+        "require_certificate true",
+        "use_identity_as_username true",
+        "allow_anonymous false",
+        "tls_version tlsv1.2",
+        "persistence true",
+    ):
         assert line in lines
-    limits = ("max_connections", "max_packet_size", "max_inflight_messages", "memory_limit",
-              "max_queued_messages", "max_queued_bytes", "max_keepalive", "autosave_interval",
-              "persistent_client_expiration")
+    limits = (
+        "max_connections",
+        "max_packet_size",
+        "max_inflight_messages",
+        "memory_limit",
+        "max_queued_messages",
+        "max_queued_bytes",
+        "max_keepalive",
+        "autosave_interval",
+        "persistent_client_expiration",
+    )
     for limit in limits:
         (line,) = [each for each in lines if each.startswith(limit + " ")]
         assert line.split()[1] not in ("0", "-1")
@@ -74,13 +96,12 @@ def test_the_acl_denies_by_saying_nothing():
             assert access in ("read", "write", "readwrite")
             assert topic.startswith("midge/v1/+/")
             # Two users in one level would match no one, or someone else.
-            assert all(level in ("%u", "+", "#") or level.isalnum()
-                       for level in topic.split("/"))
+            assert all(level in ("%u", "+", "#") or level.isalnum() for level in topic.split("/"))
 
 
 def test_mosquitto_takes_every_line_of_the_shipped_file(tls_broker):
     start = tls_broker.log_path.read_text().partition(" running")[0]
-    expected = ("run as root", "does not contain '%c' or '%u'")     # see mosquitto.acl
+    expected = ("run as root", "does not contain '%c' or '%u'")  # see mosquitto.acl
     for line in start.splitlines():
         if any(word in line for word in ("Error", "Warning", "deprecated", "Unknown")):
             assert any(each in line for each in expected), line
@@ -100,8 +121,9 @@ def test_missing_certificates_are_named_with_the_command_that_makes_them(tmp_pat
 
 
 def test_what_mosquitto_complains_about_is_passed_on(tmp_path):
-    broker = LocalBroker(tmp_path, port=free_port(), engine="mosquitto",
-                         conf_text="listener 1\nno_such_option 1\n")
+    broker = LocalBroker(
+        tmp_path, port=free_port(), engine="mosquitto", conf_text="listener 1\nno_such_option 1\n"
+    )
     with pytest.raises(LocalError, match="no_such_option"):
         broker.start()
 
@@ -128,8 +150,7 @@ def test_a_folder_with_a_space_serves_as_well(pki, tmp_path):
     folder = tmp_path / "my broker"
     shutil.copytree(pki.folder, folder)
     with LocalBroker(folder, port=free_port(), engine="mosquitto") as broker:
-        PahoLink.open(broker.host, broker.port, client_id="ward-1",
-                      tls=pki.files("ward-1")).close()
+        PahoLink.open(broker.host, broker.port, client_id="ward-1", tls=pki.files("ward-1")).close()
 
 
 def test_iotcore_serves_tls_and_says_what_it_lacks(pki, tmp_path):

@@ -73,6 +73,7 @@ def test_one_seed_is_one_story(seed):
         _, reader, writer = pair(seed=seed, loss=0.2, repeat=0.2, delay=2.0, reorder=0.2)
         send(writer, 50)
         return received(reader)
+
     assert story() == story()
 
 
@@ -105,7 +106,7 @@ def test_a_reader_that_does_not_acknowledge_is_sent_no_more_than_its_window():
 def test_a_power_cut_is_a_link_thrown_away_and_a_new_one_under_its_name():
     broker, reader, writer = pair()
     send(writer, 3)
-    assert reader.receive(1.0).payload == b"0"      # not acknowledged
+    assert reader.receive(1.0).payload == b"0"  # not acknowledged
     reborn = broker.connect("reader")
     assert reborn.receive(0) == Connected(reborn.limits, resumed=True)
     assert received(reborn) == [0, 1, 2]

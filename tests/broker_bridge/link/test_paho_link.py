@@ -28,7 +28,8 @@ VERSIONS = pytest.mark.parametrize("protocol", ["5.0", "3.1.1"])
 
 @VERSIONS
 def test_a_killed_broker_costs_the_session_but_no_publish_and_no_subscription(
-        plain_broker, links, protocol):
+    plain_broker, links, protocol
+):
     broker = plain_broker()
     link = subscribed(links(broker.port, "a", protocol=protocol), "news", echo="echo/a")
     broker.kill()
@@ -48,7 +49,8 @@ def test_a_killed_broker_costs_the_session_but_no_publish_and_no_subscription(
 
 @VERSIONS
 def test_a_broker_restarted_in_order_resumes_sessions_and_keeps_retained_messages(
-        plain_broker, links, protocol):
+    plain_broker, links, protocol
+):
     broker = plain_broker("persistence true", "persistence_location /var/lib/mosquitto/")
     link = subscribed(links(broker.port, "a", protocol=protocol), "news", echo="echo/a")
     link.publish("kept", b"still here", retain=True)
@@ -80,7 +82,8 @@ def test_publishes_in_flight_when_the_line_breaks_are_sent_again(plain_broker, l
 
 @VERSIONS
 def test_a_line_cut_again_and_again_loses_nothing_in_either_direction(
-        plain_broker, links, protocol):
+    plain_broker, links, protocol
+):
     broker = plain_broker()
     draw = random.Random(7)
     with Proxy(broker.port) as near, Proxy(broker.port) as far:
@@ -133,7 +136,7 @@ def test_a_line_that_breaks_but_carries_a_good_deal_each_time_is_not_left_alone(
     with Proxy(broker.port) as proxy:
         link = links(proxy.port, "a", backoff_first_s=0.01, backoff_max_s=10_000.0)
         event_of(link, Connected)
-        for _ in range(25):             # doubled each time, the wait would be days by now
+        for _ in range(25):  # doubled each time, the wait would be days by now
             link.publish("t", bytes(50_000))
             assert link.flush(GIVE_UP_S)
             proxy.cut()
@@ -202,7 +205,7 @@ def test_the_brokers_window_is_obeyed(plain_broker, links):
         link.publish("t", b"x")
         assert len(link._inflight) <= 3
     assert link.flush(GIVE_UP_S)
-    assert link.connections == 1    # a broker whose window is overrun hangs up
+    assert link.connections == 1  # a broker whose window is overrun hangs up
 
 
 def test_what_a_new_broker_finds_too_large_is_given_up_and_the_rest_is_sent(plain_broker, links):
@@ -251,8 +254,16 @@ def test_a_reader_that_does_not_acknowledge_is_sent_no_more_than_its_window(plai
 def test_a_full_queue_stops_the_reading_and_loses_nothing(plain_broker, links, protocol):
     broker = plain_broker("max_inflight_messages 0", "max_queued_messages 100000")
     reader = subscribed(
-        links(broker.port, "reader", protocol=protocol, receive_max=1000,
-              receive_queue_bytes_max=100_000), "bulk", echo="echo/r")
+        links(
+            broker.port,
+            "reader",
+            protocol=protocol,
+            receive_max=1000,
+            receive_queue_bytes_max=100_000,
+        ),
+        "bulk",
+        echo="echo/r",
+    )
     writer = links(broker.port, "writer")
     for i in range(500):
         writer.publish("bulk", b"%d " % i + bytes(20_000))
@@ -260,7 +271,7 @@ def test_a_full_queue_stops_the_reading_and_loses_nothing(plain_broker, links, p
     writer.publish("bulk", b"end")
     got = []
     while (message := event_of(reader, Message)).payload != b"end":
-        got.append(message)     # acknowledged late, so that only the queue holds it back
+        got.append(message)  # acknowledged late, so that only the queue holds it back
         assert reader._inbox_bytes < 100_000 + 20 * 21_000
     for each in got:
         reader.ack(each)
@@ -311,6 +322,7 @@ def test_something_that_is_no_broker():
 
 def test_something_that_speaks_another_protocol():
     with socket.create_server(("127.0.0.1", 0)) as listener:
+
         def answer():
             while True:
                 try:
@@ -320,6 +332,7 @@ def test_something_that_speaks_another_protocol():
                 with peer:
                     peer.recv(1000)
                     peer.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+
         threading.Thread(target=answer, daemon=True).start()
         port = listener.getsockname()[1]
         with pytest.raises(LinkError, match="is it an MQTT broker"):
@@ -340,13 +353,16 @@ def test_a_tls_broker_where_none_was_expected(tls_broker):
 def test_a_broker_with_a_certificate_of_another_ca(tls_broker, pki, tmp_path):
     (tmp_path / "ca.pem").write_bytes(Authority.create("x", now=pki.now).certificate)
     with pytest.raises(LinkError, match="is not who it should be"):
-        PahoLink.open("127.0.0.1", tls_broker.port, client_id="a",
-                      tls=TlsFiles(tmp_path / "ca.pem"))
+        PahoLink.open(
+            "127.0.0.1", tls_broker.port, client_id="a", tls=TlsFiles(tmp_path / "ca.pem")
+        )
 
 
 def test_a_broker_under_a_name_that_its_certificate_lacks(tls_broker, pki):
-    with (Proxy(tls_broker.port, host="127.0.0.2") as proxy,
-          pytest.raises(LinkError, match=r"names '127\.0\.0\.2'")):
+    with (
+        Proxy(tls_broker.port, host="127.0.0.2") as proxy,
+        pytest.raises(LinkError, match=r"names '127\.0\.0\.2'"),
+    ):
         PahoLink.open("127.0.0.2", proxy.port, client_id="a", tls=pki.files("ward-1"))
 
 
@@ -356,21 +372,27 @@ def test_a_client_that_may_not_come_in(plain_broker):
         PahoLink.open("127.0.0.1", broker.port, client_id="a")
 
 
-@pytest.mark.parametrize(("spoil", "sentence"), [
-    (lambda files: files.ca.unlink(), "CA certificate .* does not exist"),
-    (lambda files: files.key.unlink(), "client key .* does not exist"),
-    (lambda files: files.ca.write_bytes(b"x"), "holds no CA certificate"),
-    (lambda files: files.key.write_bytes(b"x"), "are not a certificate and its unencrypted"),
-    (lambda files: files.key.write_bytes(files.other), "does not belong to the certificate"),
-])
+@pytest.mark.parametrize(
+    ("spoil", "sentence"),
+    [
+        (lambda files: files.ca.unlink(), "CA certificate .* does not exist"),
+        (lambda files: files.key.unlink(), "client key .* does not exist"),
+        (lambda files: files.ca.write_bytes(b"x"), "holds no CA certificate"),
+        (lambda files: files.key.write_bytes(b"x"), "are not a certificate and its unencrypted"),
+        (lambda files: files.key.write_bytes(files.other), "does not belong to the certificate"),
+    ],
+)
 def test_files_that_cannot_be_used_are_named(pki, tmp_path, spoil, sentence):
     class Copies(TlsFiles):
         other = pki.files("ward-2").key.read_bytes()
 
     source = pki.files("ward-1")
     files = Copies(*(tmp_path / each.name for each in (source.ca, source.certificate, source.key)))
-    for origin, copy in zip((source.ca, source.certificate, source.key),
-                            (files.ca, files.certificate, files.key), strict=True):
+    for origin, copy in zip(
+        (source.ca, source.certificate, source.key),
+        (files.ca, files.certificate, files.key),
+        strict=True,
+    ):
         copy.write_bytes(origin.read_bytes())
     spoil(files)
     with pytest.raises(LocalError, match=sentence):
@@ -401,8 +423,14 @@ def test_two_clients_of_one_name_cannot_both_stay(plain_broker, links):
 def test_secrets_and_payloads_are_not_logged(plain_broker, links, caplog):
     caplog.set_level(logging.DEBUG)
     broker = plain_broker("max_packet_size 2000")
-    link = links(broker.port, "a", username="someone", password="hunter2", protocol="3.1.1",
-                 backoff_max_s=0.05)
+    link = links(
+        broker.port,
+        "a",
+        username="someone",
+        password="hunter2",
+        protocol="3.1.1",
+        backoff_max_s=0.05,
+    )
     link.publish("t", b"payload!" * 1000)
     assert link.flush(GIVE_UP_S)
     assert caplog.text
