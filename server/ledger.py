@@ -143,6 +143,7 @@ class Ledger:
         self._optimiser_state: Weights = {}
         self._open: _Open | None = None
         self._opened_bytes = 0
+        self._untidy = False  # whether a full disk kept what a round left behind
 
     # ── tasks and runs ──────────────────────────────────────────────────────────────────
 
@@ -379,6 +380,8 @@ class Ledger:
 
     def check_room(self, wanted_bytes: int = 0) -> None:
         """Raise DiskFullError when the disk has less room than is kept for models and receipts."""
+        if self._untidy and self._open is None:
+            self._tidy()
         # At the least what the next model and its receipts take, whatever the settings say.
         least = max(self._config.limits.disk_free_mb_min * _MB, 2 * len(self.model_bytes) + _MB)
         free = None if self._free_bytes is None else self._free_bytes(self._home.state)
@@ -564,24 +567,26 @@ class Ledger:
         self.model, self.model_bytes, self.model_version = new, data, version
         self._optimiser_state = state
         self._forget_round()
-        self._prune(version)
         return version, self.closed_announcement(this.announcement)
 
     def _forget_round(self) -> None:
         """The round is over: its key and its updates go, from the log of the database too."""
         self._open, self._opened_bytes = None, 0
         try:
-            self._spool.clear()
-            self.db.checkpoint()
+            self._tidy()
         except DiskFullError as error:
             # The round's end is written down already: it must not be tried again for this.
-            log.warning("%s (what the last round left behind goes after the next one)", error)
+            log.warning("%s (what the last round left behind goes once there is room)", error)
 
-    def _prune(self, newest: int) -> None:
-        """Remove old models, but never the newest one of a task."""
+    def _tidy(self) -> None:
+        """Remove what a round left behind, and old models but the newest one of each task."""
+        self._untidy = True
+        self._spool.clear()
+        self.db.checkpoint()
         with self.db.reading() as tx:
             newest_of_each = tx.newest_models()
-        self._models.prune(self._config.models_kept, also={newest, *newest_of_each})
+        self._models.prune(self._config.models_kept, also=newest_of_each)
+        self._untidy = False
 
     def closed_announcement(self, opened: Announcement) -> bytes:
         """The signed end of a round: it names the newest model."""

@@ -119,6 +119,7 @@ class Federation:
         )
         self._ahead = list(weather.events)
         self._calm = False
+        self._ended_s = 1e9
 
     def run(self) -> Outcome:
         """Let it happen. Raises ViolationError, or whatever a process raised that it must not."""
@@ -202,7 +203,8 @@ class Federation:
         if run.id < self.weather.runs:
             self.operator.start_again()
             return False
-        return True
+        self._ended_s = min(self._ended_s, self.broker.now_s)
+        return self.broker.now_s >= self._ended_s + 3.0  # what a full disk put off is done by now
 
     def _outcome(self) -> Outcome:
         with self.server.database.database.reading() as tx:

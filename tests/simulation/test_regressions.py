@@ -53,6 +53,17 @@ def test_a_log_that_cannot_be_emptied_is_one_sentence(number: int) -> None:
     assert federation.server.mischief.once == []
 
 
+def test_no_room_to_remove_what_a_round_left_does_not_close_the_round_again() -> None:
+    """The model was written down, its round forgotten, and then closed a second time: a crash."""
+    federation = Federation(Weather.calm())
+    server = federation.server
+    server.mischief.once.append(("unlink", "000001.weights|update", disk_error(errno.ENOSPC)))
+    server.mischief.once.append(("read", "^models$", disk_error(errno.ENOSPC)))
+    assert federation.run().status == "done"
+    assert server.mischief.once == []
+    assert server.ended == []
+
+
 def test_updates_of_a_closed_round_stay_gone_after_a_power_cut() -> None:
     """They came back, one round's on top of another's, and filled the spool."""
     for seed in range(20):
