@@ -260,11 +260,10 @@ class Spool:
 
     def clear(self, *, keep: Collection[bytes] = ()) -> None:
         """Remove every upload but those in `keep`, for good: after a round, and after a restart."""
-        gone = self.uploads() - set(keep)
-        for upload in gone:
+        for upload in self.uploads() - set(keep):
             self.drop(upload)
-        if gone:
-            sync_folder(self.folder, disk=self._disk)
+        # Also when nothing is left to drop: a process before this one may have died half-way.
+        sync_folder(self.folder, disk=self._disk)
 
     def uploads(self) -> set[bytes]:
         """The uploads that are here, begun in this process or found from an earlier one."""

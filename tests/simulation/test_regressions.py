@@ -79,6 +79,21 @@ def test_updates_of_a_closed_round_stay_gone_after_a_power_cut() -> None:
         assert Spool(Path("/state/spool"), disk=disk).uploads() == set()
 
 
+def test_updates_stay_gone_though_the_server_was_killed_while_it_removed_them() -> None:
+    """They were unlinked and not synced; the next process saw nothing to remove, nor to sync."""
+    for seed in range(20):
+        disk = SimulatedDisk(random.Random(seed))
+        disk.mkdir(Path("/state"))
+        spool = Spool(Path("/state/spool"), disk=disk)
+        spool.begin(UPLOAD, LAYOUT)
+        spool.sync([UPLOAD])
+        spool.drop(UPLOAD)
+        disk.kill()
+        Spool(Path("/state/spool"), disk=disk).clear()
+        disk.power_cut()
+        assert Spool(Path("/state/spool"), disk=disk).uploads() == set()
+
+
 def test_an_update_with_a_receipt_that_cannot_be_read_ends_the_server_with_a_sentence() -> None:
     """It came up with a traceback. There is no honest model of that round without the update."""
     said: list[str] = []
