@@ -53,6 +53,7 @@ class Operator:
         self._ask_at_s = start_s
         self._attempt = 0
         self.resume_at_s = 1e9
+        self._resumed = False
         self.answered = False
 
     def turn(self) -> bool:
@@ -66,6 +67,7 @@ class Operator:
             self._link.publish(self._topics.ctl, data)
         if self._broker.now_s >= self.resume_at_s:
             self.resume_at_s = self._broker.now_s + 5.0
+            self._resumed = True  # an earlier one may still be answered before it
             self.say("resume")
         return event is not None
 
@@ -73,7 +75,7 @@ class Operator:
         self._link.publish(self._topics.ctl, json.dumps({"cmd": command}).encode())
 
     def _hear(self, reply: dict[str, object]) -> None:
-        if reply.get("cmd") == "resume" and self.resume_at_s < 1e9:
+        if reply.get("cmd") == "resume" and self._resumed:
             self.resume_at_s = 1e9
         if reply.get("id") != f"start-{self._attempt}":
             return
