@@ -173,6 +173,7 @@ class Ledger:
                 model = self._first_model(task, tx.highest_model() + 1)
                 tx.add_model(model)
             self._use(task, model)  # first: a run whose model cannot be read must not begin
+            self._check_size()
             run_id = tx.add_run(
                 rows.Run(
                     task_name=name,
@@ -338,6 +339,16 @@ class Ledger:
     def model_blob(self) -> Blob:
         """How the model lies on the broker."""
         return blobs.describe(self.model_bytes, packet_bytes=self.packet_bytes)
+
+    def _check_size(self) -> None:
+        """Raise LocalError if task or model would be cut into more chunks than there may be."""
+        try:
+            self.task_blob(), self.model_blob()
+        except PeerError:
+            raise LocalError(
+                f"the broker takes packets of {self.packet_bytes} bytes, too small for a model of "
+                f"{len(self.model_bytes)} bytes; raise max_packet_size in mosquitto.conf"
+            ) from None
 
     packet_bytes = 60 * 1024  # what the broker takes; the service sets it from CONNACK
 

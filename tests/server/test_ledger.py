@@ -195,6 +195,14 @@ def test_a_task_file_that_was_changed_under_a_run_is_a_clear_error(world):
     assert encode_plan(plan.task, plan.tflite) == world.ledger.task.plan_bytes
 
 
+def test_a_model_that_a_broker_with_tiny_packets_cannot_carry_is_one_sentence(world):
+    world.ledger.packet_bytes = 297  # one byte of the model in each
+    reply = world.tell(cmd="start", target=1)
+    assert not reply["ok"]
+    assert "max_packet_size" in reply["error"]
+    assert world.status()["phase"] == "idle"
+
+
 def test_a_task_is_found_again_by_the_name_of_its_file(world):
     three(world)
     (world.home.folder / "tasks" / "wearables.task").rename(
