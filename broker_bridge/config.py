@@ -6,14 +6,15 @@ allowed. Nothing is guessed and nothing is ignored.
 """
 
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar, get_args
+from typing import Any, TypeVar, get_args
 
 import msgspec
 
 from broker_bridge.errors import LocalError
 
-__all__ = ["load_config", "overridden"]
+__all__ = ["assigned", "load_config", "overridden"]
 
 T = TypeVar("T", bound=msgspec.Struct)
 
@@ -38,6 +39,33 @@ def overridden(config: T, source: str, **options: object) -> T:
     """
     given = {name: value for name, value in options.items() if value is not None}
     return _convert(msgspec.to_builtins(config) | given, type(config), source)
+
+
+def assigned(config: T, assignments: Sequence[str]) -> T:
+    """Return `config` with each `NAME=VALUE` in place, as in `rounds.deadline_s=60`.
+
+    A value is read as TOML, and as plain text where it is none. Raises LocalError.
+    """
+    table: dict[str, Any] = msgspec.to_builtins(config)
+    for text in assignments:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise LocalError(f"--set {text}: write NAME=VALUE, for example rounds.deadline_s=60")
+        place: Any = table
+        *tables, last = name.strip().split(".")
+        for level in tables:
+            place = place.setdefault(level, {}) if isinstance(place, dict) else None
+        if not isinstance(place, dict):
+            raise LocalError(f"--set {text}: {'.'.join(tables)} is a setting, not a table of them")
+        place[last] = _value(value.strip())
+    return _convert(table, type(config), "--set")
+
+
+def _value(text: str) -> object:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
 
 
 def _convert(table: dict[str, object], kind: type[T], source: str) -> T:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 
-from broker_bridge.config import load_config, overridden
+from broker_bridge.config import assigned, load_config, overridden
 from broker_bridge.console import run_command, show_log, stop_on_signals
 from broker_bridge.errors import LocalError
 from broker_bridge.link.base import Message
@@ -82,6 +82,8 @@ def enrol_command(bundle: Path, folder: Path, wait_s: float, as_json: bool) -> N
 @click.option("--config", type=click.Path(path_type=Path, dir_okay=False),
               help="Settings file; default: device.toml in the device's folder.")  # fmt: skip
 @click.option("--broker", "broker", help="HOST:PORT, if not where the bundle said.")
+@click.option("--set", "assignments", multiple=True, metavar="NAME=VALUE",
+              help="Any setting of device.toml, for this time; repeat for more.")  # fmt: skip
 @click.option("--log", help="debug, info, warning or error.")
 def run(
     folder: Path,
@@ -90,6 +92,7 @@ def run(
     role: str | None,
     config: Path | None,
     broker: str | None,
+    assignments: tuple[str, ...],
     log: str | None,
 ) -> None:
     """Take part in rounds until stopped (SIGTERM or Ctrl-C).
@@ -102,7 +105,13 @@ def run(
     settings = load_config(path, DeviceConfig) if config or path.exists() else DeviceConfig()
     host, port = _host_port(broker)
     settings = overridden(
-        settings, "command line", data=data, role=role, broker_host=host, broker_port=port, log=log
+        assigned(settings, assignments),
+        "command line",
+        data=data,
+        role=role,
+        broker_host=host,
+        broker_port=port,
+        log=log,
     )
     if not settings.data:
         raise LocalError(

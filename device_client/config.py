@@ -22,7 +22,7 @@ class DeviceConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
 
 EXAMPLE = """\
 # midge-device: the settings of this device. Remove the # to change one.
-# Each is also an option of `midge-device run`.
+# Each can be set for one run: `midge-device run --set keepalive_s=300`.
 
 # Where the samples come from: npz:FILE, csv:FOLDER, module:function or FILE.py:function.
 # data = "npz:/var/lib/sensor/samples.npz"

@@ -84,6 +84,7 @@ class ServerConfig(_Table, frozen=True, kw_only=True):
 
 EXAMPLE = """\
 # midge: the settings of this federation. Remove the # to change one.
+# Each can be set for one run: `midge server --set rounds.deadline_s=60`.
 
 federation = "{federation}"
 

@@ -11,7 +11,7 @@ from typing import Any
 import click
 import msgspec
 
-from broker_bridge.config import overridden
+from broker_bridge.config import assigned, overridden
 from broker_bridge.console import show_log, stop_on_signals
 from broker_bridge.disk import disk_errors
 from broker_bridge.errors import LocalError
@@ -41,18 +41,24 @@ __all__ = ["serve", "server_command"]
 @click.option("--task", "tasks", multiple=True, type=click.Path(path_type=Path, dir_okay=False),
               help="A task file that a start may name; repeat for more.")  # fmt: skip
 @click.option("--broker", "address", help="HOST:PORT; default: as in midge.toml.")
+@click.option("--set", "assignments", multiple=True, metavar="NAME=VALUE",
+              help="Any setting of midge.toml, for this time; repeat for more.")  # fmt: skip
 @click.option("--log", help="debug, info, warning or error.")
 def server_command(
-    folder: Path, tasks: tuple[Path, ...], address: str | None, log: str | None
+    folder: Path,
+    tasks: tuple[Path, ...],
+    address: str | None,
+    assignments: tuple[str, ...],
+    log: str | None,
 ) -> None:
     """Run the server until stopped (SIGTERM or Ctrl-C).
 
     \b
     Example:
-      midge server --dir fleet --task wearables.task
+      midge server --dir fleet --task wearables.task --set rounds.deadline_s=60
     """
     home = Home.find(folder)
-    found = home.config()
+    found = assigned(home.config(), assignments)
     listed = (*found.tasks, *(str(path) for path in tasks))
     config = overridden(found, "command line", log=log, tasks=listed)
     if address is not None:

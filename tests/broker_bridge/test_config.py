@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec import Meta
 
-from broker_bridge.config import load_config, overridden
+from broker_bridge.config import assigned, load_config, overridden
 from broker_bridge.errors import LocalError
 from device_client.config import EXAMPLE as DEVICE_EXAMPLE
 from device_client.config import DeviceConfig
@@ -110,3 +110,29 @@ def test_the_example_shows_every_setting_with_its_default(example, kind):
                 there = shown[name][key] if isinstance(value, dict) else shown[name]
                 assert there == given_, key
     msgspec.convert(shown, kind)
+
+
+def test_any_setting_can_be_set_for_one_run() -> None:
+    wanted = ["rounds.deadline_s=60", 'evaluation.npz="held out.npz"', "federation=ward"]
+    config = assigned(ServerConfig(), wanted)
+    assert config.rounds.deadline_s == 60.0
+    assert config.evaluation.npz == "held out.npz"
+    assert config.federation == "ward"
+    assert config.rounds.quorum == ServerConfig().rounds.quorum
+
+
+@pytest.mark.parametrize(
+    ("assignment", "sentence"),
+    [
+        ("rounds.deadline_s", "write NAME=VALUE"),
+        ("rounds.dedline_s=60", "there is no setting 'rounds.dedline_s'; allowed are"),
+        ("rounds.deadline_s=-1", "rounds.deadline_s: expected `float` > 0"),
+        ("federation.name=x", "federation is a setting, not a table"),
+        ("rounds.deadline_s=soon", "rounds.deadline_s: expected `float`, got `str`"),
+    ],
+)
+def test_what_cannot_be_set_is_said(assignment: str, sentence: str) -> None:
+    with pytest.raises(LocalError) as refused:
+        assigned(ServerConfig(), [assignment])
+    assert sentence in str(refused.value)
+    assert "--set" in str(refused.value)
