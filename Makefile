@@ -1,8 +1,8 @@
 # Every target sets up what it needs on a machine that has Python 3.11 or newer, pip and make.
 #
 # Two environments, so that the demo runs on what a fleet installs and nothing else:
-#   .venv      midge and what it runs on, without TensorFlow     demo, bench
-#   .venv-dev  the same, TensorFlow and the tools of the trade   test, check, campaign, soak
+#   .venv      midge and what it runs on, without TensorFlow     demo
+#   .venv-dev  the same, TensorFlow and the tools of the trade   test, check, bench, campaign, soak
 # Each is installed once, and again when pyproject.toml or constraints.txt changes.
 
 SHELL := /bin/sh
@@ -40,9 +40,9 @@ check: .venv-dev/.ready  ## lint, formatting and types
 	@echo "ruff format --check"; .venv-dev/bin/ruff format --check .
 	@echo "mypy --strict";       .venv-dev/bin/mypy --strict
 
-bench: .venv/.ready mosquitto-or-fail  ## print every benchmark's table
+bench: .venv-dev/.ready mosquitto-or-fail  ## print every benchmark's table
 	@for each in benchmarks/bench_*.py; do \
-		.venv/bin/python -m "benchmarks.$$(basename "$$each" .py)" $(ARGS) || exit 1; \
+		.venv-dev/bin/python -m "benchmarks.$$(basename "$$each" .py)" $(ARGS) || exit 1; \
 	done
 
 campaign: .venv-dev/.ready mosquitto-or-fail  ## run the long random tests that `test` leaves out
