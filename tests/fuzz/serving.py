@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import json
-import logging
 from dataclasses import dataclass
 
 import msgspec
@@ -22,7 +21,6 @@ __all__ = ["ctl", "ctl_seeds", "service", "service_seeds", "world_of"]
 
 @functools.cache
 def world_of(name: str) -> World:
-    logging.getLogger("midge").setLevel(logging.CRITICAL)
     world = World(folder(name), rounds={"deadline_s": 5.0})
     world.hand("ward-1")
     return world

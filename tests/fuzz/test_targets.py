@@ -3,6 +3,8 @@
 `make fuzz` gives the same targets to atheris, for as long as one likes.
 """
 
+import logging
+
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -14,6 +16,14 @@ from tests.fuzz.targets import TARGETS
 
 EVERY = pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
 EXAMPLES, SLOW_EXAMPLES = 300, 60
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    """What is dropped is logged, each time: thousands of lines that say nothing new."""
+    logging.disable()
+    yield
+    logging.disable(logging.NOTSET)
 
 
 @EVERY
