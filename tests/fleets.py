@@ -116,6 +116,7 @@ class World:
         *,
         rounds: dict[str, Any] | None = None,
         shares: Shares | None = None,
+        make_broker: Callable[..., MemoryBroker] = MemoryBroker,
         **broker: Any,
     ):
         # A test says in a moment what takes an hour in the field, so its devices may.
@@ -123,7 +124,7 @@ class World:
         self.folder = folder
         self.home = create(folder / "fleet", federation=FEDERATION, hosts=["localhost"], port=1)
         shutil.copy(TASK, self.home.folder / "tasks")
-        self.broker = MemoryBroker(seed=1, **broker)
+        self.broker = make_broker(seed=1, **broker)
         self.config = ServerConfig(rounds=Rounds(**(rounds or {})))
         self.operator = self.broker.connect("midge-operator")
         self.operator.subscribe([TOPICS.ctl_reply, TOPICS.metrics])
@@ -228,18 +229,27 @@ class World:
         self.settle()
         return hand
 
-    def agent(self, name: str, *, data: str, role: str = "train", disk: Disk = REAL_DISK) -> Agent:
-        """A whole device in this process; also one that was there before, after a restart."""
+    def agent(
+        self, name: str, *, data: str = "", role: str = "train", disk: Disk = REAL_DISK,
+        **parts: Any,
+    ) -> Agent:  # fmt: skip
+        """A whole device in this process; also one that was there before, after a restart.
+
+        `parts` replace what it is made of: how it trains, say.
+        """
         identity = identities.load(self.folder / name) or self.enrol(name)
+        parts.setdefault(
+            "load", lambda plan: Trainer(TaskRuntime(plan), load_samples(data, plan.task))
+        )
         agent = Agent(
             identity,
             self.broker.connect(name),
             journal=Journal(self.folder / name, disk=disk),
-            load=lambda plan: Trainer(TaskRuntime(plan), load_samples(data, plan.task)),
             role=role,
             boot=1,
             clock=lambda: self.broker.now_s,
             draw=lambda: 0.5,
+            **parts,
         )
         agent.begin()
         self.agents.append(agent)
