@@ -7,7 +7,7 @@ from sqlalchemy import delete, insert, select, update
 
 from server.store import schema
 from server.store.queries import Queries
-from server.store.rows import Device, DeviceStatus, Token
+from server.store.rows import Certificate, Device, DeviceStatus, Token, Wanted
 
 __all__ = ["REQUESTS_KEPT_MAX", "FleetQueries"]
 
@@ -46,6 +46,14 @@ class FleetQueries(Queries):
             raise ValueError("a fleet epoch never goes back")
         self.set_meta("fleet_epoch", str(epoch))
 
+    def fleet_changes(self) -> int:
+        """How often a command has changed who belongs to the fleet; a running server asks."""
+        return int(self.meta("fleet_changes") or 0)
+
+    def count_fleet_change(self) -> None:
+        """Tell a running server to look again: whom it knows, and its keys."""
+        self.set_meta("fleet_changes", str(self.fleet_changes() + 1))
+
     # ── Devices and tokens ──────────────────────────────────────────────────────────────
 
     def add_device(self, device: Device) -> None:
@@ -60,11 +68,13 @@ class FleetQueries(Queries):
     def devices(
         self, *, after: str = "", limit: int = 100, status: DeviceStatus | None = None
     ) -> list[Device]:
-        """A page of devices by name; the next one starts `after` the last name of this one."""
+        """A page of devices by name; the next one starts `after` the last name of this one.
+
+        Without `status`: all but the removed ones.
+        """
         c = schema.devices.c
         query = select(schema.devices).where(c.name > after).order_by(c.name).limit(limit)
-        if status is not None:
-            query = query.where(c.status == status)
+        query = query.where(c.status != "removed" if status is None else c.status == status)
         return self._all(Device, query)
 
     def device_counts(self) -> dict[DeviceStatus, int]:
@@ -74,6 +84,29 @@ class FleetQueries(Queries):
     def set_device_status(self, name: str, status: DeviceStatus) -> None:
         """Suspend, revoke or restore a device."""
         self._change(schema.devices, {"name": name}, {"status": status})
+
+    def set_device_wanted(self, name: str, wanted: Wanted) -> None:
+        """Note what to ask a device for when it is next heard of; "" for nothing."""
+        self._change(schema.devices, {"name": name}, {"wanted": wanted})
+
+    def add_certificate(self, certificate: Certificate) -> None:
+        """Note a certificate before it is handed out: only what is noted can be revoked.
+
+        It is the newest of its device, if there is one of that name already.
+        """
+        values = asdict(certificate)
+        self._put(schema.certificates, {"serial": values.pop("serial")}, values)
+        newest = {
+            "certificate_serial": certificate.serial, "certified_until": certificate.until,
+        }  # fmt: skip
+        query = update(schema.devices).where(schema.devices.c.name == certificate.device)
+        self._sql.execute(query.values(newest))
+
+    def certificates(self, device: str) -> list[Certificate]:
+        """Every certificate that was made for a name, the one that ends last at the end."""
+        c = schema.certificates.c
+        query = select(schema.certificates).where(c.device == device)
+        return self._all(Certificate, query.order_by(c.until, c.serial))
 
     def device_seen(self, name: str, at: float, *, round: int | None = None) -> None:  # noqa: A002
         """Note that a device was heard of, and in which round it last took part."""
@@ -96,6 +129,10 @@ class FleetQueries(Queries):
         c = schema.tokens.c
         query = update(schema.tokens).where(c.device == device, c.used_at.is_(None))
         return bool(self._sql.execute(query.values(used_at=at)).rowcount)
+
+    def drop_token(self, device: str) -> None:
+        """Take back the right to enrol under this name, if it was given."""
+        self._sql.execute(delete(schema.tokens).where(schema.tokens.c.device == device))
 
     # ── Operators' requests, and what was refused ───────────────────────────────────────
 

@@ -179,6 +179,15 @@ class RoundQueries(Queries):
         values = {"status": status, "reason": reason, "at": at}
         self._change(schema.receipts, {"upload": upload}, values)
 
+    def withdraw(self, number: int, device: str, *, at: float, reason: str) -> list[Receipt]:
+        """Take back what a device has in a round, accepted or under way; return what it was."""
+        c = schema.receipts.c
+        mine = (c.round == number, c.device == device, c.status.in_(("going", "accepted")))
+        found = self._all(Receipt, select(schema.receipts).where(*mine).order_by(c.upload))
+        values = {"status": "withdrawn", "reason": reason, "at": at}
+        self._sql.execute(update(schema.receipts).where(*mine).values(values))
+        return found
+
     def settle_rest(self, number: int, *, at: float, reason: str) -> int:
         """Make every upload of a round that is still going `late`; say how many."""
         c = schema.receipts.c

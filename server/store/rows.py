@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 __all__ = [
+    "Certificate",
     "Device",
     "DeviceStatus",
     "Model",
@@ -18,17 +19,25 @@ __all__ = [
     "Run",
     "RunStatus",
     "Token",
+    "Wanted",
 ]
 
-DeviceStatus = Literal["enrolled", "suspended", "revoked"]
+# waiting: has a token that is right, and waits for a person. removed: as revoked, and not listed.
+DeviceStatus = Literal["waiting", "enrolled", "suspended", "revoked", "removed"]
+Wanted = Literal["", "rotate"]
 RunStatus = Literal["open", "paused", "done", "stopped", "failed"]
 RoundStatus = Literal["open", "closed", "abandoned"]
-ReceiptStatus = Literal["going", "accepted", "rejected", "late"]
+ReceiptStatus = Literal["going", "accepted", "rejected", "late", "withdrawn"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Device:
-    """A device that has enrolled."""
+    """A device that has enrolled, or waits for it.
+
+    `certificate_serial`: of its newest certificate, hexadecimal; "" while unknown.
+    `certified_until`: when that one ends; 0 while unknown. `keys_since`: when its present keys
+    came; 0 while unknown. `wanted`: what it will be asked for when it is next heard of.
+    """
 
     name: str
     sign_public: bytes
@@ -40,17 +49,31 @@ class Device:
     enrolled_at: float
     last_seen: float | None = None
     last_round: int = 0
+    certificate_serial: str = ""
+    certified_until: float = 0.0
+    keys_since: float = 0.0
+    wanted: Wanted = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Certificate:
+    """One that was made for a name: its serial number, hexadecimal, and when it ends."""
+
+    serial: str
+    device: str
+    until: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class Token:
-    """The right to enrol one device, once."""
+    """The right to enrol one device, once; `by_hand`: and a person must accept it."""
 
     device: str
     secret: bytes = field(repr=False)
     created_at: float
     expires_at: float
     used_at: float | None = None
+    by_hand: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,7 @@
 
 from sqlalchemy import (
     BigInteger,
+    Boolean,
     Column,
     Double,
     ForeignKey,
@@ -20,6 +21,7 @@ from sqlalchemy import (
 __all__ = [
     "METADATA",
     "VERSION",
+    "certificates",
     "devices",
     "meta",
     "models",
@@ -54,6 +56,20 @@ devices = Table(
     Column("enrolled_at", Double, nullable=False),
     Column("last_seen", Double),
     Column("last_round", BigInteger, nullable=False),
+    Column("certificate_serial", String(40), nullable=False),
+    Column("certified_until", Double, nullable=False),
+    Column("keys_since", Double, nullable=False),
+    Column("wanted", String(16), nullable=False),
+)
+
+# Every certificate that was ever made for a name, or it could not be revoked. A bundle's comes
+# before its device is one: no foreign key.
+certificates = Table(
+    "certificates",
+    METADATA,
+    Column("serial", String(40), primary_key=True),
+    Column("device", String(64), nullable=False, index=True),
+    Column("until", Double, nullable=False),
 )
 
 # A token comes before its device is one: no foreign key.
@@ -65,6 +81,7 @@ tokens = Table(
     Column("created_at", Double, nullable=False),
     Column("expires_at", Double, nullable=False),
     Column("used_at", Double),
+    Column("by_hand", Boolean, nullable=False),
 )
 
 runs = Table(

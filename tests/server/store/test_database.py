@@ -14,7 +14,7 @@ from broker_bridge.errors import LocalError, PeerError
 from server.store import schema
 from server.store.database import Database
 from server.store.fleet_queries import REQUESTS_KEPT_MAX
-from server.store.rows import Device, Model, Receipt, Round, Run, Token
+from server.store.rows import Certificate, Device, Model, Receipt, Round, Run, Token
 from server.store.transaction import Transaction
 
 SECRET = b"\x5ethis is secret, all 32 bytes of"
@@ -337,6 +337,50 @@ def test_a_token_is_used_once(tx: Transaction) -> None:
     assert tx.use_token("pi-9", 8.0)
 
 
+def test_whether_a_person_must_accept_is_kept_with_the_token(tx: Transaction) -> None:
+    token = Token(device="pi-9", secret=SECRET, created_at=1.0, expires_at=100.0, by_hand=True)
+    tx.put_token(token)
+    assert tx.token("pi-9") == token
+
+
+def test_a_token_that_was_taken_back_is_gone(tx: Transaction) -> None:
+    tx.put_token(Token(device="pi-9", secret=SECRET, created_at=1.0, expires_at=100.0))
+    tx.drop_token("pi-9")
+    tx.drop_token("never given")
+    assert tx.token("pi-9") is None
+
+
+def test_a_removed_device_is_in_no_list_but_its_own(tx: Transaction) -> None:
+    tx.set_device_status("pi-1", "removed")
+    assert [d.name for d in tx.devices()] == ["pi-2"]
+    assert [d.name for d in tx.devices(status="removed")] == ["pi-1"]
+
+
+def test_what_a_device_is_to_be_asked_for_is_kept(tx: Transaction) -> None:
+    tx.set_device_wanted("pi-1", "rotate")
+    assert tx.device("pi-1") == replace(DEVICE, wanted="rotate")
+
+
+def test_every_certificate_of_a_name_is_kept_and_the_last_is_the_devices(tx: Transaction) -> None:
+    bundles = Certificate(serial="0a", device="pi-1", until=5.0)
+    newest = Certificate(serial="ff" * 20, device="pi-1", until=9.0)
+    tx.add_certificate(bundles)
+    tx.add_certificate(newest)
+    tx.add_certificate(Certificate(serial="0b", device="pi-9", until=5.0))  # no device as yet
+    assert tx.certificates("pi-1") == [bundles, newest]
+    found = tx.device("pi-1")
+    assert found is not None
+    assert (found.certificate_serial, found.certified_until) == (newest.serial, 9.0)
+    assert [each.serial for each in tx.certificates("pi-9")] == ["0b"]
+
+
+def test_changes_of_the_fleet_are_counted(tx: Transaction) -> None:
+    assert tx.fleet_changes() == 0
+    tx.count_fleet_change()
+    tx.count_fleet_change()
+    assert tx.fleet_changes() == 2
+
+
 @pytest.mark.parametrize("status", ["suspended", "revoked"])
 def test_to_change_a_device_that_is_not_there_is_our_own_mistake(
     tx: Transaction, status: str
@@ -456,6 +500,24 @@ def test_the_database_itself_refuses_to_count_a_device_twice(path: Path, db: Dat
     with pytest.raises(sqlite3.IntegrityError):
         raw.execute("UPDATE receipts SET status='accepted'")
     raw.close()
+
+
+def test_what_a_device_has_in_a_round_can_be_withdrawn(tx: Transaction) -> None:
+    accepted = replace(RECEIPT, status="accepted")
+    tx.add_receipt(accepted)
+    tx.add_receipt(replace(RECEIPT, upload=b"upload-2"))
+    tx.add_receipt(replace(RECEIPT, upload=b"upload-3", device="pi-2"))
+    tx.add_receipt(replace(RECEIPT, upload=b"upload-4", status="rejected"))
+    taken = tx.withdraw(1, "pi-1", at=5.0, reason="revoked")
+    assert [(each.upload, each.status) for each in taken] == [
+        (b"upload-1", "accepted"),
+        (b"upload-2", "going"),
+    ]
+    assert tx.withdraw(1, "pi-1", at=6.0, reason="revoked") == []
+    assert tx.receipt(b"upload-1") == replace(
+        accepted, status="withdrawn", reason="revoked", at=5.0
+    )
+    assert tx.receipt_counts(1) == {"withdrawn": 2, "going": 1, "rejected": 1}
 
 
 def test_what_is_still_under_way_at_the_close_is_late(tx: Transaction) -> None:
