@@ -15,6 +15,7 @@ from broker_bridge.console import run_command, show_log, stop_on_signals
 from broker_bridge.errors import LocalError
 from broker_bridge.link.base import Message
 from broker_bridge.link.paho_link import PahoLink
+from broker_bridge.systemd import Supervisor, unit_file
 from broker_bridge.task.runtime import TaskRuntime
 from broker_bridge.task.taskfile import Plan
 from broker_bridge.wire import messages
@@ -156,6 +157,10 @@ def _run(
         tls=identities.tls_files(folder, identity),
         will=Message(topics.state(identity.device), messages.encode_json(lost), retained=True),
         keepalive_s=settings.keepalive_s,
+        protocol=settings.mqtt,
+        packet_bytes_max=settings.packet_bytes_max,
+        inflight_max=settings.inflight_max,
+        publishes_per_s=settings.publishes_per_s,
         wait_s=None,  # a device waits for its broker, however long
     )
 
@@ -168,7 +173,7 @@ def _run(
         draw=random.random,
     )  # fmt: skip
     try:
-        agent.run(stopped)
+        agent.run(Supervisor().watched(stopped, lambda: agent.state.value))
     finally:
         link.close()
 
@@ -242,6 +247,17 @@ def try_command(
         return
     for name, value in found.facts().items():
         click.echo(f"{name:12} {value if not isinstance(value, dict) else _brief(value)}")
+
+
+@device.command("unit")
+def unit() -> None:
+    """Print the systemd unit that runs this device, sandboxed.
+
+    \b
+    Example:
+      midge-device unit | sudo tee /etc/systemd/system/midge-device.service
+    """
+    click.echo(unit_file("device_client", "midge-device.service"), nl=False)
 
 
 def _brief(value: dict[str, object]) -> str:

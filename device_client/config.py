@@ -5,6 +5,8 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+from broker_bridge.limits import LIMITS
+
 __all__ = ["EXAMPLE", "DeviceConfig"]
 
 
@@ -16,6 +18,12 @@ class DeviceConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     broker_host: str = ""
     broker_port: Annotated[int, Meta(ge=0, le=65_535)] = 0
     keepalive_s: Annotated[int, Meta(ge=10, le=65_535)] = 60
+    mqtt: Literal["auto", "5.0", "3.1.1"] = "auto"
+    packet_bytes_max: Annotated[
+        int, Meta(ge=LIMITS.packet_bytes_min, le=LIMITS.packet_bytes_max)
+    ] = LIMITS.packet_bytes_max
+    inflight_max: Annotated[int, Meta(ge=1, le=LIMITS.inflight_max)] = LIMITS.inflight_max
+    publishes_per_s: Annotated[float, Meta(ge=0, le=1e6)] = 0.0
     threads: Annotated[int, Meta(ge=1, le=64)] = 1
     log: Literal["debug", "info", "warning", "error"] = "info"
 
@@ -38,6 +46,16 @@ EXAMPLE = """\
 # How often to say "still here" over an idle connection, in seconds. 60 costs about
 # 6 kB of MQTT a day; more is cheaper, less notices a dead connection sooner.
 # keepalive_s = 60
+
+# The version of MQTT: "auto" tries 5.0, then 3.1.1.
+# mqtt = "auto"
+
+# What the broker takes, if it does not say (MQTT 3.1.1) or discards what comes faster. The
+# server tells each device how large a packet may be; set it here only for a broker of another
+# kind than the server's. 0 publishes in a second: as many as the broker acknowledges.
+# packet_bytes_max = 61440
+# inflight_max = 20
+# publishes_per_s = 0.0
 
 # Processor threads for training. One is fastest for small models.
 # threads = 1

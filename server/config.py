@@ -20,6 +20,12 @@ class Broker(_Table, frozen=True, kw_only=True):
     host: str = "localhost"
     port: Annotated[int, Meta(ge=1, le=65_535)] = 8883
     keepalive_s: Annotated[int, Meta(ge=5, le=65_535)] = 30
+    mqtt: Literal["auto", "5.0", "3.1.1"] = "auto"
+    packet_bytes_max: Annotated[
+        int, Meta(ge=LIMITS.packet_bytes_min, le=LIMITS.packet_bytes_max)
+    ] = LIMITS.packet_bytes_max
+    inflight_max: Annotated[int, Meta(ge=1, le=LIMITS.inflight_max)] = LIMITS.inflight_max
+    publishes_per_s: Annotated[float, Meta(ge=0, le=1e6)] = 0.0
 
 
 class Rounds(_Table, frozen=True, kw_only=True):
@@ -103,6 +109,14 @@ federation = "{federation}"
 host = "{host}"
 port = {port}
 # keepalive_s = 30
+# The version of MQTT: "auto" tries 5.0, then 3.1.1.
+# mqtt = "auto"
+# What the broker takes, for brokers that do not say (MQTT 3.1.1) or discard what comes faster;
+# docs/brokers.md has their figures. Models and updates are cut into packets of this size, and
+# devices hear of it. 0 publishes in a second: as many as the broker acknowledges.
+# packet_bytes_max = 61440
+# inflight_max = 20
+# publishes_per_s = 0.0
 
 [rounds]
 # How many updates make a round; 0: one from each training device that is online.

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from broker_bridge.errors import LinkError
+from broker_bridge.limits import LIMITS
 from broker_bridge.link.base import Message
 from broker_bridge.link.paho_session import Connection, PahoSession, SessionSettings
 from broker_bridge.link.queued_link import GOODBYE_S, MIB
@@ -58,6 +59,9 @@ class PahoLink(PahoSession):
         connect_timeout_s: float = 5.0,
         backoff_first_s: float = 1.0,
         backoff_max_s: float = 60.0,
+        packet_bytes_max: int | None = None,
+        inflight_max: int = LIMITS.inflight_max,
+        publishes_per_s: float = 0.0,
         random: Callable[[], float] = _random.random,
     ) -> "PahoLink":
         """Connect, and stay connected until `close`.
@@ -69,6 +73,9 @@ class PahoLink(PahoSession):
         `wait_s`: keep trying that long, then raise LinkError saying why; what no retry
         can mend (TLS, certificate, authorisation) is raised at once. None: return at
         once and report success or failure as events. Raises LocalError for bad files.
+
+        `packet_bytes_max`, `inflight_max`, `publishes_per_s`: what to hold to where the
+        broker does not say what it takes, or discards what comes faster.
         """
         context = None if tls is None else client_context(tls)
         link = cls(
@@ -90,6 +97,9 @@ class PahoLink(PahoSession):
                 backoff_first_s=backoff_first_s,
                 backoff_max_s=backoff_max_s,
                 protocol=protocol,
+                packet_bytes_max=packet_bytes_max,
+                inflight_max=inflight_max,
+                publishes_per_s=publishes_per_s,
                 random=random,
             )
         )

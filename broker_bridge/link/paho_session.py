@@ -76,6 +76,10 @@ class SessionSettings:
     backoff_first_s: float = 1.0
     backoff_max_s: float = 60.0
     protocol: Literal["auto", "5.0", "3.1.1"] = "auto"
+    # What we hold to where the broker does not say (MQTT 3.1.1) or allows more than is wanted.
+    packet_bytes_max: int | None = None
+    inflight_max: int = LIMITS.inflight_max
+    publishes_per_s: float = 0.0  # 0: as fast as they are acknowledged
     random: Callable[[], float] = _random.random
 
 
@@ -137,6 +141,7 @@ class PahoSession(QueuedLink):
         self._carried_before = 0
         self._is_old = False  # the broker said that it does not speak MQTT 5
         self._delay_s = settings.backoff_first_s
+        self._next_publish_s = 0.0  # when `publishes_per_s` lets the next one go
 
     # ── One connection, step by step ────────────────────────────────────────────────────
 
@@ -189,7 +194,10 @@ class PahoSession(QueuedLink):
         if self._closing_since is not None:
             return 0.05
         tick_s = min(self._settings.keepalive_s / 4, 15.0)
-        return tick_s if self._greeted(this) else min(tick_s, this.greeting_ends_s - now + 0.01)
+        if not self._greeted(this):
+            return min(tick_s, this.greeting_ends_s - now + 0.01)
+        held_back = self._outgoing and self._next_publish_s > now
+        return min(tick_s, self._next_publish_s - now) if held_back else tick_s
 
     def _prepare(self, this: Connection) -> tuple[bool, bool]:
         """Hand over what is queued; say whether to wait for reading and for writing."""
@@ -362,7 +370,7 @@ class PahoSession(QueuedLink):
                 self._subscribing[subscription_id] = batch
         self._to_unsubscribe.clear()
         self._to_subscribe.clear()
-        while self._outgoing and len(self._inflight) < self._limits.inflight_max:
+        while self._outgoing and self._may_publish(time.monotonic()):
             message = self._outgoing.popleft()
             self._outgoing_bytes -= len(message.topic) + len(message.payload)
             if self._fits(message):
@@ -370,6 +378,14 @@ class PahoSession(QueuedLink):
                 self._inflight[sent.mid] = message
                 self.bytes_sent += len(message.topic) + len(message.payload)
         self._changed.notify_all()
+
+    def _may_publish(self, now: float) -> bool:
+        """Whether window and pace let one more publish go; if so, it is counted."""
+        if len(self._inflight) >= self._limits.inflight_max or now < self._next_publish_s:
+            return False
+        if self._settings.publishes_per_s:
+            self._next_publish_s = now + 1 / self._settings.publishes_per_s
+        return True
 
     def _fits(self, message: Message) -> bool:
         """Whether the broker we have *now* takes the packet: another may have been smaller."""
@@ -421,9 +437,10 @@ class PahoSession(QueuedLink):
     def _welcome(self, resumed: bool, properties: Properties | None) -> None:
         packet = _packet_bytes_max(properties)
         inflight = getattr(properties, "ReceiveMaximum", LIMITS.inflight_max)
+        packet = min(packet, self._settings.packet_bytes_max or packet)
         with self._changed:
             self._failure = None
-            limits = LinkLimits(packet, min(inflight, LIMITS.inflight_max), self._protocol)
+            limits = LinkLimits(packet, min(inflight, self._settings.inflight_max), self._protocol)
             self._up(limits, resumed=resumed)
 
     def _on_message(self, client: mqtt.Client, _userdata: Any, message: mqtt.MQTTMessage) -> None:

@@ -15,8 +15,10 @@ from broker_bridge.config import assigned, overridden
 from broker_bridge.console import show_log, stop_on_signals
 from broker_bridge.disk import disk_errors
 from broker_bridge.errors import LocalError
+from broker_bridge.limits import LIMITS
 from broker_bridge.link.base import Message
 from broker_bridge.link.paho_link import PahoLink
+from broker_bridge.systemd import Supervisor
 from broker_bridge.wire import messages
 from broker_bridge.wire.envelope import client_id
 from broker_bridge.wire.messages import (
@@ -84,13 +86,16 @@ def serve(home: Home, config: ServerConfig, ledger: Ledger, stopped: Any) -> Non
         config.broker.host, config.broker.port,
         client_id=client_id(SERVER, ledger.keys.sign_seed), tls=home.tls("server"),
         will=Message(topics.srv, messages.encode_json(ServerPresence(state="lost")), retained=True),
-        keepalive_s=config.broker.keepalive_s, wait_s=10.0,
+        keepalive_s=config.broker.keepalive_s, wait_s=10.0, protocol=config.broker.mqtt,
+        packet_bytes_max=config.broker.packet_bytes_max, inflight_max=config.broker.inflight_max,
+        publishes_per_s=config.broker.publishes_per_s,
     )  # fmt: skip
     rounds = config.rounds
     rules = Rules(
         target=rounds.target, quorum=rounds.quorum, deadline_s=rounds.deadline_s,
         abandoned_max=rounds.abandoned_max, evaluation_wait_s=rounds.evaluation_wait_s,
-        packet_bytes_max=ledger.packet_bytes, uploads_max=config.limits.uploads_max,
+        packet_bytes_max=min(LIMITS.packet_bytes_max, link.limits.packet_bytes_max),
+        uploads_max=config.limits.uploads_max,
     )  # fmt: skip
     shares = Shares(
         control_per_minute=config.limits.control_per_minute, repeats_max=config.limits.repeats_max
@@ -102,7 +107,7 @@ def serve(home: Home, config: ServerConfig, ledger: Ledger, stopped: Any) -> Non
         quotas=Quotas(shares),
     )  # fmt: skip
     try:
-        service.run(stopped)
+        service.run(Supervisor().watched(stopped, lambda: coordinator.detail))
     finally:
         link.close()
 

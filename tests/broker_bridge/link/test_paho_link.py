@@ -231,6 +231,49 @@ def test_on_mqtt_3_a_packet_the_broker_hangs_up_on_is_given_up_in_the_end(plain_
     assert (link.refused, link.last_refused) == (1, "large")
 
 
+@VERSIONS
+def test_our_own_limits_are_obeyed_where_the_broker_allows_more_or_says_nothing(
+    plain_broker, links, protocol
+):
+    broker = plain_broker("max_packet_size 4000")
+    link = links(broker.port, "a", protocol=protocol, packet_bytes_max=2000, inflight_max=3)
+    assert (link.limits.packet_bytes_max, link.limits.inflight_max) == (2000, 3)
+    with pytest.raises(LinkError, match="the broker's limit of 2000"):
+        link.publish("t", bytes(2000))
+    for _ in range(50):
+        link.publish("t", bytes(1900))
+        assert len(link._inflight) <= 3
+    assert link.flush(GIVE_UP_S)
+    assert (link.connections, link.refused) == (1, 0)
+
+
+def test_a_broker_that_takes_less_than_our_own_limit_is_obeyed(plain_broker, links):
+    broker = plain_broker("max_packet_size 2000")
+    link = links(broker.port, "a", protocol="5.0", packet_bytes_max=4000)
+    assert link.limits.packet_bytes_max == 2000
+
+
+def test_a_publish_waits_for_its_turn(plain_broker, links):
+    reader = subscribed(links(plain_broker().port, "reader"), "t", echo="echo/r")
+    slow = links(reader._settings.port, "slow", publishes_per_s=0.001)
+    slow.publish("t", b"first")
+    slow.publish("t", b"second, in a thousand seconds")
+    assert event_of(reader, Message).payload == b"first"
+    assert not slow.flush(0.5)
+    assert reader.receive(0.0) is None
+    assert slow.connections == 1
+
+
+def test_a_pace_loses_nothing(plain_broker, links):
+    reader = subscribed(links(plain_broker().port, "reader"), "t", echo="echo/r")
+    link = links(reader._settings.port, "paced", publishes_per_s=500.0)
+    for i in range(50):
+        link.publish("t", b"%d" % i)
+    assert link.flush(GIVE_UP_S)
+    link.publish("t", b"end")
+    assert [int(m.payload) for m in messages_until(reader, b"end")] == list(range(50))
+
+
 # ------------------------------------------------------------------ back-pressure
 
 
