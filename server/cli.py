@@ -13,6 +13,7 @@ from server.commands.fleet import broker, device, init
 from server.commands.models import model
 from server.commands.rounds import pause, resume, start, status, stop, watch
 from server.commands.serving import server_command
+from server.commands.units import unit
 from server.doctor import doctor
 from server.simulation import simulate
 from server.tasks.cli import task
@@ -22,7 +23,7 @@ __all__ = ["main", "midge"]
 _COMMANDS = (
     init, broker, server_command, device,
     start, stop, pause, resume, status, watch,
-    model, task, demo, simulate, doctor,
+    model, task, demo, simulate, doctor, unit,
 )  # fmt: skip
 
 
