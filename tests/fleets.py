@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from broker_bridge.disk import REAL_DISK, Disk
+from broker_bridge.limits import LIMITS
 from broker_bridge.link.base import Message
 from broker_bridge.link.local_broker import LocalBroker, free_port
 from broker_bridge.link.memory_link import MemoryBroker
@@ -110,6 +111,8 @@ def enrol_by_hand(home: Home, db: Database, name: str, folder: Path) -> Identity
 class World:
     """A server over an in-memory broker whose clock is the broker's."""
 
+    server_will = Message(TOPICS.srv, b"", True)
+
     def __init__(
         self,
         folder: Path,
@@ -132,12 +135,13 @@ class World:
         self.start_server()
 
     def start_server(self) -> None:
-        self.link = self.broker.connect("midge-server", will=Message(TOPICS.srv, b"", True))
+        self.link = self.broker.connect("midge-server", will=self.server_will)
         self.ledger = self.make_ledger()
         rounds = self.config.rounds
         rules = Rules(
             target=rounds.target, quorum=rounds.quorum, deadline_s=rounds.deadline_s,
             abandoned_max=rounds.abandoned_max, evaluation_wait_s=rounds.evaluation_wait_s,
+            packet_bytes_max=min(LIMITS.packet_bytes_max, self.link.limits.packet_bytes_max),
         )  # fmt: skip
         self.coordinator = Coordinator(federation=FEDERATION, rules=rules)
         registrar = Registrar(self.home, self.ledger.db, time.time)

@@ -79,6 +79,7 @@ class Proxy:
         try:
             data = source.recv(BUFFER_BYTES)
             if data:
+                self._seen(source, data)
                 if self.swallow is None or self.swallow not in data:
                     target.sendall(data)
                 return
@@ -88,3 +89,6 @@ class Proxy:
             for each in (source, target):
                 self._pairs.pop(each, None)
                 each.close()
+
+    def _seen(self, source, data: bytes) -> None:
+        """What goes by, for whoever listens in; the client's end of the line has our port."""
