@@ -447,7 +447,7 @@ class Service:
     # ── what lies on the broker ─────────────────────────────────────────────────────────
 
     def _fit(self, packet_bytes_max: int) -> None:
-        self._ledger.packet_bytes = min(LIMITS.packet_bytes_max, packet_bytes_max)
+        self._ledger.announcer.packet_bytes = min(LIMITS.packet_bytes_max, packet_bytes_max)
 
     def _lay_out(self, *, blobs_too: bool) -> None:
         """Retain everything that should lie there: a broker without our session may have nothing.
@@ -488,7 +488,8 @@ class Service:
 
     def _blob(self, kind: Literal["task", "model"]) -> Blob:
         """How it is cut: as the open round announced it, whatever the broker takes by now."""
-        fresh = self._ledger.task_blob() if kind == "task" else self._ledger.model_blob()
+        say = self._ledger.announcer
+        fresh = say.task_blob() if kind == "task" else say.model_blob()
         this = self._coordinator.announcement
         announced = None if this is None else this.task if kind == "task" else this.model
         return announced if announced and announced.digest == fresh.digest else fresh

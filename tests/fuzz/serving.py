@@ -94,7 +94,7 @@ class Insider:
         if said.get("announcement") == bytes(32):
             said |= {"announcement": self.hand.digest, "round": self.world.announcement().round}
         if said.get("digest") == bytes(32):
-            said["digest"] = ledger.model_blob().digest
+            said["digest"] = ledger.announcer.model_blob().digest
         if kind == "init" and said.get("upload") == bytes(8):
             said["upload"] = self.hand.heard[-1].upload if self._was_let_in() else bytes(8)
         if said.get("total_bytes") == 18_000:

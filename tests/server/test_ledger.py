@@ -196,7 +196,7 @@ def test_a_task_file_that_was_changed_under_a_run_is_a_clear_error(world):
 
 
 def test_a_model_that_a_broker_with_tiny_packets_cannot_carry_is_one_sentence(world):
-    world.ledger.packet_bytes = 297  # one byte of the model in each
+    world.ledger.announcer.packet_bytes = 297  # one byte of the model in each
     reply = world.tell(cmd="start", target=1)
     assert not reply["ok"]
     assert "max_packet_size" in reply["error"]
