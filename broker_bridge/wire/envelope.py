@@ -58,9 +58,12 @@ def sha256(data: bytes) -> bytes:
 
 
 def fingerprint(public: bytes) -> str:
-    """A public key as eight hex digits that two people can compare: `15db-5a0a`."""
-    digits = sha256(public)[:4].hex()
-    return f"{digits[:4]}-{digits[4:]}"
+    """A public key as 16 hex digits that two people can compare: `15db-5a0a-96ec-1f0b`.
+
+    64 bits: nobody makes so many keys to find one that looks like another's.
+    """
+    digits = sha256(public)[:8].hex()
+    return "-".join(digits[start : start + 4] for start in range(0, 16, 4))
 
 
 def client_id(name: str, seed: bytes) -> str:

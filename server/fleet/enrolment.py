@@ -1,58 +1,64 @@
 """Adding devices, and letting them in: one-time tokens, bundles, and the answer to `Enrol`.
 
 A token enrols one device, under its name, once. The same keys asking again get the same
-answer, so a lost answer costs nothing; other keys with a used token are refused.
+answer, so a lost answer costs nothing; other keys with a used token are refused. Keys that
+were ever revoked are refused whatever the database says: see roster.py.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from broker_bridge.disk import write_atomic
 from broker_bridge.errors import LocalError, PeerError
 from broker_bridge.wire import enrolment, messages
 from broker_bridge.wire.enrolment import Bundle, Contact
-from broker_bridge.wire.envelope import KEY_BYTES, KemKey, random_bytes
+from broker_bridge.wire.envelope import KEY_BYTES, KemKey, fingerprint, random_bytes
 from broker_bridge.wire.messages import Configured, Enrol, EnrolSecret, Refused, Welcome
 from broker_bridge.wire.topics import RESERVED
 from server.config import Broker
-from server.fleet.authority import check_device_name
+from server.fleet.authority import CLIENT_DAYS, check_device_name, read_certificate
 from server.fleet.home import Home
 from server.store.database import Database
-from server.store.rows import Device, Token
+from server.store.rows import Certificate, Device, Token
 
-__all__ = ["Registrar", "add_device"]
+__all__ = ["Registrar", "add_device", "check_name"]
 
 TOKEN_HOURS = 24
 HOURS_MAX = 24 * 365
+_GONE = ("revoked", "removed")
 
 
 def add_device(
-    home: Home, db: Database, name: str, *, broker: Broker, now: float, hours: float = TOKEN_HOURS
+    home: Home,
+    db: Database,
+    name: str,
+    *,
+    broker: Broker,
+    now: float,
+    hours: float = TOKEN_HOURS,
+    by_hand: bool = False,
 ) -> Path:
     """Make a one-time token for a new device and write its bundle; return the bundle's path.
 
     A device that was added and has not enrolled gets a new token: the old one is void.
+    `by_hand`: whoever comes with it waits until a person has accepted him.
     Raises LocalError for a name that cannot be used or is enrolled already.
     """
-    check_device_name(name)
-    if not 0 < hours <= HOURS_MAX:
-        raise LocalError(f"a token cannot live {hours:g} hours; say more than 0, up to {HOURS_MAX}")
-    if name in RESERVED:
-        raise LocalError(f"{name!r} is a name of midge itself; choose another")
-    keys = home.keys()
+    check_name(name, hours)
+    keys, authority = home.keys(), home.authority()
     token = Token(
-        device=name, secret=random_bytes(KEY_BYTES), created_at=now, expires_at=now + hours * 3600
-    )
-    with db.transaction() as tx:
-        if tx.device(name) is not None:
-            raise LocalError(f"a device {name!r} is enrolled already; choose another name")
-        tx.put_token(token)
-    moment = datetime.fromtimestamp(now, UTC)
-    authority = home.authority()
+        device=name, secret=random_bytes(KEY_BYTES), created_at=now, expires_at=now + hours * 3600,
+        by_hand=by_hand,
+    )  # fmt: skip
     # The broker lets the bundle in for as long as the token lives, rounded up to days.
-    issued = authority.issue_with_new_key(name, now=moment, days=max(1, -(-int(hours) // 24)))
+    moment, days = datetime.fromtimestamp(now, UTC), max(1, -(-int(hours) // 24))
+    issued = authority.issue_with_new_key(name, now=moment, days=days)
+    with db.transaction() as tx:
+        _check_free(tx.device(name), name)
+        tx.put_token(token)
+        tx.add_certificate(_noted(name, issued.certificate))
     bundle = Bundle(
         federation=keys.federation,
         device=name,
@@ -69,6 +75,34 @@ def add_device(
     path = home.bundle(name)
     write_atomic(path, bundle.encode())
     return path
+
+
+def check_name(name: str, hours: float) -> None:
+    """Raise LocalError for what can be no device's name, and for hours that make no sense."""
+    check_device_name(name)
+    if not 0 < hours <= HOURS_MAX:
+        raise LocalError(f"a token cannot live {hours:g} hours; say more than 0, up to {HOURS_MAX}")
+    if name in RESERVED:
+        raise LocalError(f"{name!r} is a name of midge itself; choose another")
+
+
+def _check_free(present: Device | None, name: str) -> None:
+    if present is None or present.status == "removed":
+        return
+    if present.status == "revoked":
+        raise LocalError(
+            f"the device {name!r} was revoked; for a new board of this name: "
+            f"`midge device replace {name}`"
+        )
+    raise LocalError(
+        f"a device {name!r} is enrolled already; choose another name, or for a new board: "
+        f"`midge device replace {name}`"
+    )
+
+
+def _noted(device: str, certificate: bytes) -> Certificate:
+    facts = read_certificate(certificate)
+    return Certificate(serial=f"{facts.serial:x}", device=device, until=facts.expires.timestamp())
 
 
 @dataclass(frozen=True)
@@ -111,12 +145,17 @@ class Registrar:
             tls_public=secret.tls_public,
             psk=token.secret,
             software=secret.software,
+            status="waiting" if token.by_hand else "enrolled",
             enrolled_at=now,
             last_seen=now,
+            keys_since=now,
         )
+        mine = (new.sign_public, new.kem_public, new.tls_public)
+        if self.home.roster().has_revoked(mine):
+            raise _revoked(contact.device)
         with self.db.transaction() as tx:
             present = tx.device(contact.device)
-            if present is None:
+            if present is None or (present.status in _GONE and token.used_at is None):
                 if now > token.expires_at:
                     raise PeerError(
                         "expired_token",
@@ -125,28 +164,36 @@ class Registrar:
                     )
                 tx.use_token(contact.device, now)
                 tx.add_device(new)
-            elif (present.sign_public, present.kem_public, present.tls_public) != (
-                new.sign_public,
-                new.kem_public,
-                new.tls_public,
-            ):
+            elif (present.sign_public, present.kem_public, present.tls_public) != mine:
                 raise PeerError(
                     "used_token",
                     "this token was used by other keys; if that was not you, revoke the device",
                 )
-            elif present.status == "revoked":  # or it would get the fleet key that shuts it out
-                raise PeerError("revoked_device", f"the device {contact.device!r} was revoked")
+            else:
+                new = present
+        self._check_status(new)
         return self._welcome(contact, new)
+
+    def _check_status(self, device: Device) -> None:
+        """Raise PeerError for those who must not get the fleet key."""
+        if device.status == "waiting":
+            shown = fingerprint(device.sign_public)
+            raise PeerError(
+                "waiting_device",
+                f"{device.name} waits for a person; compare its fingerprint {shown}, then run "
+                f"`midge device accept {device.name}`",
+            )
+        if device.status in _GONE:
+            raise _revoked(device.name)
+        if device.status == "suspended":
+            raise PeerError("suspended_device", f"the device {device.name!r} is suspended")
 
     def _welcome(self, contact: Contact, device: Device) -> Welcome:
         keys = self.home.keys()
         moment = datetime.fromtimestamp(self.clock(), UTC)
-        certificate = self.home.authority().issue_for_public_key(
-            device.tls_public, device.name, now=moment
-        )
         configured = Configured(
             device=device.name,
-            certificate_pem=certificate.decode(),
+            certificate_pem=self._certificate(device, moment),
             fleet_epoch=keys.fleet_epoch,
             fleet_key=keys.fleet_key,
         )
@@ -157,3 +204,21 @@ class Registrar:
             server_kem=keys.kem,
             ephemeral=KemKey.from_seed(self.random(KEY_BYTES)),
         )
+
+    def _certificate(self, device: Device, now: datetime) -> str:
+        """The device's certificate: the one that it has, while that lasts, or a new one."""
+        with self.db.reading() as tx:
+            known = tx.certificates(device.name)
+        lasting = (now + timedelta(days=CLIENT_DAYS // 2)).timestamp()
+        for each in known:
+            if each.tls_public == device.tls_public and each.until > lasting:
+                return each.pem
+        pem = self.home.authority().issue_for_public_key(device.tls_public, device.name, now=now)
+        new = replace(_noted(device.name, pem), tls_public=device.tls_public, pem=pem.decode())
+        with self.db.transaction() as tx:  # before it is handed out: only then can it be revoked
+            tx.add_certificate(new)
+        return new.pem
+
+
+def _revoked(name: str) -> PeerError:
+    return PeerError("revoked_device", f"the device {name!r} was revoked")

@@ -3,6 +3,7 @@
     midge.toml            settings
     offline/root.json     the federation's root key, for a drawer; devices pin its public half
     keys/server.json      the server's own keys and the fleet key
+    keys/roster.json      who was revoked, once somebody was
     ca/                   the private CA that certifies broker, server, operator and devices
     broker/               what the broker needs: certificate, key, CA
     server/ operator/     client certificates for the two commands that talk to the broker
@@ -31,6 +32,7 @@ from broker_bridge.wire.messages import ServerIdentity
 from broker_bridge.wire.topics import is_name
 from server.config import EXAMPLE, ServerConfig
 from server.fleet.authority import Authority, Issued, write_private, write_public
+from server.fleet.roster import Roster, read_roster, write_roster
 
 __all__ = ["Home", "ServerKeys", "create"]
 
@@ -99,6 +101,29 @@ class Home:
     def keys(self) -> ServerKeys:
         """The server's keys. Raises LocalError."""
         return _read(self.folder / "keys" / "server.json", ServerKeys)
+
+    def next_epoch(self) -> ServerKeys:
+        """Make a new fleet key, for all who are not shut out, and return the keys with it."""
+        keys = self.keys()
+        new = msgspec.structs.replace(
+            keys, fleet_epoch=keys.fleet_epoch + 1, fleet_key=random_bytes(KEY_BYTES)
+        )
+        write_atomic(self.folder / "keys" / "server.json", msgspec.json.encode(new))
+        return new
+
+    def roster(self) -> Roster:
+        """Who was revoked. Raises LocalError."""
+        keys = self.keys()
+        return read_roster(self._roster, federation=keys.federation, root_public=keys.root_public)
+
+    def set_roster(self, roster: Roster) -> None:
+        """Write down who was revoked, signed with the server's key."""
+        keys = self.keys()
+        write_roster(self._roster, roster, sign=keys.sign, identity=keys.identity)
+
+    @property
+    def _roster(self) -> Path:
+        return self.folder / "keys" / "roster.json"
 
     def authority(self) -> Authority:
         """The private CA. Raises LocalError."""

@@ -57,11 +57,17 @@ class Device:
 
 @dataclass(frozen=True, kw_only=True)
 class Certificate:
-    """One that was made for a name: its serial number, hexadecimal, and when it ends."""
+    """One that was made for a name: its serial number, hexadecimal, and when it ends.
+
+    `tls_public`: the device's key in it, and `pem`: itself, for whoever asks for it again; both
+    empty for a bundle's, whose key is not the device's own.
+    """
 
     serial: str
     device: str
     until: float
+    tls_public: bytes = b""
+    pem: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

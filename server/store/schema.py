@@ -70,6 +70,8 @@ certificates = Table(
     Column("serial", String(40), primary_key=True),
     Column("device", String(64), nullable=False, index=True),
     Column("until", Double, nullable=False),
+    Column("tls_public", LargeBinary, nullable=False),
+    Column("pem", Text, nullable=False),
 )
 
 # A token comes before its device is one: no foreign key.

@@ -14,6 +14,7 @@ from device_client import identity as identities
 from server.fleet.authority import read_certificate
 from server.fleet.enrolment import Registrar, add_device
 from server.fleet.home import create
+from server.fleet.roster import Expelled
 from server.store.database import Database
 
 NOW = 1_790_000_000.0
@@ -205,6 +206,91 @@ def test_a_revoked_device_does_not_get_the_fleet_key_by_asking_again(office):
     answer = office.ask(bundle, keys)
     assert isinstance(answer, Refused)
     assert "was revoked" in answer.reason
+
+
+def test_keys_on_the_roster_are_refused_by_a_database_that_never_heard_of_it(office):
+    """A backup from before the revocation is put back: the keys are known all the same."""
+    bundle, keys = office.add(), identities.new_keys()
+    public = (keys.sign.public, keys.kem.public, keys.tls_public)
+    gone = Expelled(device="ward-9", keys=public, serials=(), at=NOW)
+    roster = office.home.roster().expelling(gone, fleet_epoch=2, closes=True)
+    office.home.set_roster(roster)
+    answer = office.ask(bundle, keys)
+    assert isinstance(answer, Refused)
+    assert "was revoked" in answer.reason
+    with office.db.reading() as tx:
+        assert tx.device("ward-3") is None
+
+
+def test_a_suspended_device_does_not_get_the_fleet_key_by_asking_again(office):
+    bundle, keys = office.add(), identities.new_keys()
+    office.ask(bundle, keys)
+    with office.db.transaction() as tx:
+        tx.set_device_status("ward-3", "suspended")
+    answer = office.ask(bundle, keys)
+    assert isinstance(answer, Refused)
+    assert "is suspended" in answer.reason
+
+
+def test_whoever_is_to_be_accepted_by_hand_waits_and_hears_how(office):
+    bundle, keys = office.add(by_hand=True), identities.new_keys()
+    answer = office.ask(bundle, keys)
+    assert isinstance(answer, Refused)
+    assert keys.fingerprint in answer.reason
+    assert "midge device accept ward-3" in answer.reason
+    with office.db.transaction() as tx:
+        assert tx.device("ward-3").status == "waiting"
+        tx.set_device_status("ward-3", "enrolled")
+    assert isinstance(office.ask(bundle, keys), Welcome)
+    assert isinstance(office.ask(bundle, identities.new_keys()), Refused)
+
+
+def test_every_certificate_is_noted_and_the_same_keys_get_the_same(office):
+    bundle, keys = office.add(), identities.new_keys()
+    first = office.open_(bundle, keys, office.ask(bundle, keys))
+    again = office.open_(bundle, keys, office.ask(bundle, keys))
+    assert again.certificate_pem == first.certificate_pem
+    serials = {
+        f"{read_certificate(pem.encode()).serial:x}"
+        for pem in (bundle.bootstrap_certificate_pem, first.certificate_pem)
+    }
+    with office.db.reading() as tx:
+        assert {each.serial for each in tx.certificates("ward-3")} == serials
+        row = tx.device("ward-3")
+    facts = read_certificate(first.certificate_pem.encode())
+    assert row.certificate_serial == f"{facts.serial:x}"
+    assert row.certified_until == facts.expires.timestamp()
+    assert row.keys_since == NOW
+
+
+def test_the_same_keys_get_another_certificate_when_theirs_is_near_its_end(office):
+    bundle, keys = office.add(), identities.new_keys()
+    first = office.open_(bundle, keys, office.ask(bundle, keys))
+    office.now += 500 * 86_400
+    later = office.open_(bundle, keys, office.ask(bundle, keys))
+    assert later.certificate_pem != first.certificate_pem
+
+
+def test_a_new_board_with_the_name_of_a_revoked_one_enrols_with_a_new_token(office):
+    old, keys = office.add(), identities.new_keys()
+    office.ask(old, keys)
+    with office.db.transaction() as tx:
+        tx.set_device_status("ward-3", "removed")
+    new, others = office.add(), identities.new_keys()
+    assert isinstance(office.ask(new, others), Welcome)
+    with office.db.reading() as tx:
+        assert tx.device("ward-3").sign_public == others.sign.public
+        assert tx.device("ward-3").status == "enrolled"
+    with pytest.raises(PeerError):  # the old card's token is void
+        office.ask(old, keys)
+
+
+def test_a_revoked_name_is_not_added_again_by_mistake(office):
+    office.ask(office.add(), identities.new_keys())
+    with office.db.transaction() as tx:
+        tx.set_device_status("ward-3", "revoked")
+    with pytest.raises(LocalError, match="midge device replace ward-3"):
+        office.add()
 
 
 def test_a_device_that_is_enrolled_is_not_added_again(office):

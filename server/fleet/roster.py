@@ -1,0 +1,130 @@
+"""Who was shut out of the fleet, for good: one signed file beside the server's keys.
+
+    keys/roster.json    names, public keys and certificates that were revoked; whole each time
+
+The database says who is in; this says who is out, and has the last word. A database that is
+restored from a backup knows nothing of a device that was revoked since, and would let it in
+again: the server therefore asks here as well, by public key, so that neither another name nor
+another database brings a key back. The file is signed by the server's identity, and its epoch
+only grows. It promises nothing against who can write the server's own keys.
+
+Everything that follows from it (the database's status, the fleet key, the broker's files) can
+be made again from it at any time: see expulsion.py.
+"""
+
+from collections.abc import Collection
+from pathlib import Path
+
+import msgspec
+
+from broker_bridge.disk import REAL_DISK, Disk, disk_errors, write_atomic
+from broker_bridge.errors import LocalError, PeerError
+from broker_bridge.wire.enrolment import server_identity
+from broker_bridge.wire.envelope import SignKey, verify
+
+__all__ = ["Expelled", "Roster", "read_roster", "write_roster"]
+
+_KIND = "roster"
+
+
+class Expelled(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One device that was revoked: its keys at that time, and its certificates' serial numbers."""
+
+    device: str
+    keys: tuple[bytes, ...]  # public: signing, sealing, TLS
+    serials: tuple[str, ...]  # hexadecimal
+    at: float  # seconds since 1970, for people
+
+
+class Roster(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """All of them. `closed`: names that nobody may use at the broker."""
+
+    federation: str
+    epoch: int = 0  # how often it was changed
+    fleet_epoch: int = 0  # the fleet key that the others have is at least this one
+    cuts: int = 0  # how often a name was opened again: see `opened`
+    expelled: tuple[Expelled, ...] = ()
+    closed: tuple[str, ...] = ()
+
+    def has_revoked(self, keys: Collection[bytes]) -> bool:
+        """Whether any of these public keys was revoked, under whatever name."""
+        return any(key in each.keys for each in self.expelled for key in keys)
+
+    @property
+    def revoked_keys(self) -> frozenset[bytes]:
+        """Every public key that was revoked."""
+        return frozenset(key for each in self.expelled for key in each.keys)
+
+    @property
+    def serials(self) -> tuple[str, ...]:
+        """Every certificate that the broker must turn away."""
+        return tuple(sorted({serial for each in self.expelled for serial in each.serials}))
+
+    def expelling(self, who: Expelled, *, fleet_epoch: int, closes: bool) -> "Roster":
+        """This roster with one more; the same one if it says all that already."""
+        if who.device in self.closed and closes and set(who.keys) <= self.revoked_keys:
+            known = set(self.serials)
+            if set(who.serials) <= known:
+                return self
+        closed = {*self.closed, who.device} if closes else {*self.closed}
+        return msgspec.structs.replace(
+            self,
+            epoch=self.epoch + 1,
+            fleet_epoch=max(self.fleet_epoch, fleet_epoch),
+            expelled=(*self.expelled, who),
+            closed=tuple(sorted(closed)),
+        )
+
+    def opened(self, name: str) -> "Roster":
+        """This roster with the name free for another device.
+
+        A connection that its former holder still has would be heard again, as the broker looks
+        at a certificate only when a client connects: `cuts` tells it to end them all.
+        """
+        used = name in self.closed or any(each.device == name for each in self.expelled)
+        if not used:
+            return self
+        closed = tuple(each for each in self.closed if each != name)
+        return msgspec.structs.replace(
+            self, epoch=self.epoch + 1, cuts=self.cuts + 1, closed=closed
+        )
+
+
+class _Signed(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The file. `identity`: who signed it, signed by the root, so that old rosters stay good."""
+
+    midge_roster: int = 1
+    identity: bytes
+    roster: bytes  # signature, then JSON
+
+
+def read_roster(
+    path: Path, *, federation: str, root_public: bytes, disk: Disk = REAL_DISK
+) -> Roster:
+    """The roster in a file; an empty one where there is none. Raises LocalError."""
+    if not disk.exists(path):
+        return Roster(federation=federation)
+    with disk_errors(path):
+        data = disk.read(path)
+    try:
+        file = msgspec.json.decode(data, type=_Signed)
+        signer = server_identity(root_public, federation, file.identity)
+        payload = verify(signer.sign_public, f"{_KIND} {federation}", file.roster)
+        roster = msgspec.json.decode(payload, type=Roster)
+        if roster.federation != federation:
+            raise PeerError("bad_signature", "it is of another federation")
+    except (msgspec.MsgspecError, ValueError, RecursionError, PeerError) as error:
+        raise LocalError(
+            f"{path} is damaged ({error}); restore it from a backup: it says which devices were "
+            "revoked, so without it midge lets nobody in"
+        ) from None
+    return roster
+
+
+def write_roster(
+    path: Path, roster: Roster, *, sign: SignKey, identity: bytes, disk: Disk = REAL_DISK
+) -> None:
+    """Write it down, signed, whole or not at all. Raises LocalError."""
+    payload = msgspec.json.encode(roster)
+    signed = sign.sign(f"{_KIND} {roster.federation}", payload)
+    write_atomic(path, msgspec.json.encode(_Signed(identity=identity, roster=signed)), disk=disk)
