@@ -66,6 +66,7 @@ def test_every_value_that_a_field_may_take_is_named() -> None:
 def test_every_topic_is_listed() -> None:
     any_fed = Topics("demo")
     built = {any_fed.ctl, any_fed.ctl_reply, any_fed.srv, any_fed.round, any_fed.metrics}
+    built |= {any_fed.identity}
     built |= {
         any_fed.state("{dev}"),
         f"{any_fed.task(0)[:-1]}{{seq}}",

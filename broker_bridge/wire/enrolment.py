@@ -168,22 +168,34 @@ def welcome(
     device_kem: bytes,
     server_kem: KemKey,
     ephemeral: KemKey,
+    nonce: bytes = b"",
 ) -> Welcome:
-    """The server's answer, for this device's eyes only."""
+    """The server's answer, for this device's eyes only.
+
+    `nonce`: of the `Renew` that it answers; an answer to one request opens for no other, so
+    an old one cannot take a device back to an old key.
+    """
     exchange = exchange_to(
-        device_kem, ephemeral=ephemeral, sender=server_kem, info=b"midge v1 welcome",
+        device_kem, ephemeral=ephemeral, sender=server_kem, info=_info(nonce),
         psk=contact.token, psk_id=contact.psk_id,
     )  # fmt: skip
     sealed = seal_message(exchange, b"midge v1 welcome", messages.encode(configured))
     return Welcome(enc=exchange.enc, sealed=sealed)
 
 
+def _info(nonce: bytes) -> bytes:
+    return b"midge v1 renewed" + nonce if nonce else b"midge v1 welcome"
+
+
 def open_welcome(
-    contact: Contact, answer: Welcome, *, kem: KemKey, server_kem: bytes
+    contact: Contact, answer: Welcome, *, kem: KemKey, server_kem: bytes, nonce: bytes = b""
 ) -> Configured:
-    """Open the server's answer. Raises PeerError `bad_seal`."""
+    """Open the server's answer to an `Enrol`, or to the `Renew` with this `nonce`.
+
+    Raises PeerError `bad_seal`.
+    """
     exchange = exchange_from(
-        answer.enc, receiver=kem, sender=server_kem, info=b"midge v1 welcome",
+        answer.enc, receiver=kem, sender=server_kem, info=_info(nonce),
         psk=contact.token, psk_id=contact.psk_id,
     )  # fmt: skip
     opened = open_message(exchange, b"midge v1 welcome", answer.sealed)

@@ -1,9 +1,9 @@
 """Every topic midge speaks on: built and taken apart here, and nowhere else.
 
-    midge/v1/{fed}/ctl · ctl/reply · srv · round · metrics
+    midge/v1/{fed}/ctl · ctl/reply · srv · round · metrics · identity
     midge/v1/{fed}/task/{seq} · model/{seq}
     midge/v1/{fed}/dev/{dev}/state
-    midge/v1/{fed}/up/{shard}/{dev}/{kind}      enrol join init data need report
+    midge/v1/{fed}/up/{shard}/{dev}/{kind}      enrol renew join init data need report
     midge/v1/{fed}/down/{dev}/{kind}            go need ack cfg
 
 A level is `[a-z0-9-]`, not starting or ending with `-`: safe as an X.509 common
@@ -35,7 +35,7 @@ SERVER = "midge-server"
 OPERATOR = "midge-operator"
 RESERVED = frozenset({SERVER, OPERATOR, "midge-broker"})
 
-UP_KINDS = frozenset({"enrol", "join", "init", "data", "need", "report"})
+UP_KINDS = frozenset({"enrol", "renew", "join", "init", "data", "need", "report"})
 DOWN_KINDS = frozenset({"go", "need", "ack", "cfg"})
 
 _ROOT = "midge/v1"
@@ -112,6 +112,11 @@ class Topics:
         """The last round's summary, JSON, retained."""
         return self._at("metrics")
 
+    @property
+    def identity(self) -> str:
+        """The server's identity as signed by the root, retained."""
+        return self._at("identity")
+
     def task(self, index: int) -> str:
         """One retained chunk of the task."""
         return self._at("task", str(index))
@@ -175,7 +180,7 @@ class Topics:
                 return blob
             case ["ctl", "reply"]:
                 return "ctl/reply"
-            case [("ctl" | "srv" | "round" | "metrics") as plain]:
+            case [("ctl" | "srv" | "round" | "metrics" | "identity") as plain]:
                 return plain
         raise PeerError("bad_topic", "no such topic in this protocol")
 

@@ -24,11 +24,13 @@ SERVER, DEVICE, EPHEMERAL, STRANGER = (KemKey.from_seed(bytes([n] * 32)) for n i
 TLS_PUBLIC = bytes([9] * 32)
 ANNA = Contact("demo", "anna", token=bytes([10] * 32))
 CONFIGURED = Configured(
-    device="anna", certificate_pem="PEM", fleet_epoch=1, fleet_key=bytes([11] * 32)
-)
+    device="anna", certificate_pem="PEM", certified_until=2, issued_at=1.5, fleet_epoch=1,
+    fleet_key=bytes([11] * 32),
+)  # fmt: skip
 IDENTITY = ServerIdentity(
-    federation="demo", sign_public=SERVER_SIGN.public, kem_public=SERVER.public, issued_at=1.5
-)
+    federation="demo", sequence=3, sign_public=SERVER_SIGN.public, kem_public=SERVER.public,
+    issued_at=1.5,
+)  # fmt: skip
 
 
 def ask(contact: Contact = ANNA, **changes: Any) -> Enrol:

@@ -34,6 +34,7 @@ EVERY = {
     "srv": DEMO.srv,
     "round": DEMO.round,
     "metrics": DEMO.metrics,
+    "identity": DEMO.identity,
     "task": DEMO.task(0),
     "model": DEMO.model(65_535),
     "state": DEMO.state("anna-7"),
@@ -79,7 +80,7 @@ def test_a_topic_without_a_device_comes_apart_as_its_name(federation: str, index
     topics = Topics(federation)
     assert topics.parse(topics.task(index)) == "task"
     assert topics.parse(topics.model(index)) == "model"
-    for plain in ("ctl", "srv", "round", "metrics"):
+    for plain in ("ctl", "srv", "round", "metrics", "identity"):
         assert topics.parse(getattr(topics, plain)) == plain
     assert topics.parse(topics.ctl_reply) == "ctl/reply"
 
