@@ -6,11 +6,11 @@ prints JSON: milliseconds for each step, peak memory in MB. TensorFlow uses the 
 """
 
 import json
-import resource
 import sys
 import time
 from pathlib import Path
 
+from broker_bridge.machine import peak_memory_bytes
 from server.tasks.exporter import load_model_file
 from server.tasks.worker import read_steps
 
@@ -25,7 +25,7 @@ def main(model_file: str, steps_file: str, repeat: str, function: str = "model")
         model.train_on_batch(inputs, step.labels)
         if number >= 5:  # the first ones compile
             times.append(1000 * (time.perf_counter() - started))
-    peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    peak_mb = peak_memory_bytes() / 1e6
     print(json.dumps({"step_ms": times, "peak_mb": peak_mb}))
 
 

@@ -419,6 +419,7 @@ class Agent:
             role=person.role,
             round=person.round,
             detail=person.detail[:_DETAIL_CHARS_MAX] if person.state is State.IDLE else "",
+            measured=self._bench.measured,
         )
         now_s = self._clock()
         if present != self._present:

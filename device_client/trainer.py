@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from broker_bridge.errors import LocalError
+from broker_bridge.machine import peak_memory_bytes
 from broker_bridge.task.runtime import Evaluation, State, Step, TaskRuntime
 from broker_bridge.task.samples import Samples, check_samples
 from broker_bridge.task.taskfile import Training
@@ -38,7 +39,10 @@ class Progress:
 
 @dataclass(frozen=True)
 class Trained:
-    """The result of a round. `loss` and `metrics` are means over the last epoch."""
+    """The result of a round. `loss` and `metrics` are means over the last epoch.
+
+    `runtime` and `peak_bytes` (of memory, so far) are those of the process that trained.
+    """
 
     weights: dict[str, Array]
     examples: int
@@ -47,6 +51,8 @@ class Trained:
     metrics: dict[str, float]
     seconds: float
     optimiser_state: dict[str, Array] = field(default_factory=dict)
+    runtime: str = ""
+    peak_bytes: int = 0  # 0: not known
 
 
 class Trainer:
@@ -154,6 +160,8 @@ class Trainer:
                 slot.tensor.name: array
                 for slot, array in zip(task.optimiser_state, state.slots, strict=True)
             },
+            runtime=self._runtime.runtime_name,
+            peak_bytes=peak_memory_bytes(),
         )
 
 

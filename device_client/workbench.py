@@ -16,15 +16,17 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from msgspec import UNSET, UnsetType
 from numpy.typing import NDArray
 
 from broker_bridge.disk import REAL_DISK, Disk, disk_errors, make_folder, write_atomic
 from broker_bridge.errors import LocalError, PeerError
+from broker_bridge.machine import machine_name
 from broker_bridge.task.runtime import Evaluation
 from broker_bridge.task.taskfile import Plan, Training, decode_plan
 from broker_bridge.wire import weights
 from broker_bridge.wire.envelope import sha256
-from broker_bridge.wire.messages import Settings
+from broker_bridge.wire.messages import Measured, Settings
 from device_client import events as ev
 from device_client.trainer import Progress, Trained
 
@@ -140,6 +142,7 @@ class Workbench:
     ) -> None:
         self.background = background
         self.samples = 0
+        self.measured: Measured | UnsetType = UNSET  # what the last training cost
         self._folder = folder
         self._disk = disk
         self._scope = scope
@@ -193,8 +196,8 @@ class Workbench:
 
     def train(self, number: int, settings: Settings) -> list[ev.Event]:
         """Begin training for round `number`."""
-        trainer, model = self._trainer, self._model
-        if trainer is None or model is None:
+        trainer, plan, model = self._trainer, self._plan, self._model
+        if trainer is None or plan is None or model is None:
             return [ev.Failed(number, "the task is not loaded")]
         training = Training(
             epochs=settings.epochs,
@@ -210,6 +213,7 @@ class Workbench:
             if trained is None:
                 return []
             self._trained = trained
+            self.measured = _measured(plan, trained)
             log.info(
                 "round %d: trained %d steps in %.2f s, loss %.4f",
                 number, trained.steps, trained.seconds, trained.loss,
@@ -260,6 +264,17 @@ class Workbench:
         """The same round on the same device trains alike, so a power cut changes nothing."""
         drawn = hashlib.sha256(self._scope.encode() + number.to_bytes(8, "big")).digest()
         return int.from_bytes(drawn[:8], "big")
+
+
+def _measured(plan: Plan, trained: Trained) -> Measured:
+    return Measured(
+        task=plan.task.name,
+        digest=plan.digest.hex()[:16],
+        step_s=round(trained.seconds / max(1, trained.steps), 6),
+        memory_bytes=trained.peak_bytes,
+        runtime=trained.runtime[:80],
+        machine=machine_name(),
+    )
 
 
 def _guarded(work: Work, number: int) -> Work:

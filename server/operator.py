@@ -3,6 +3,7 @@
 Whatever is done here can be done with `mosquitto_pub` and `mosquitto_sub` as well.
 """
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator
 
@@ -12,8 +13,9 @@ from broker_bridge.link.paho_link import PahoLink
 from broker_bridge.link.tls import TlsFiles
 from broker_bridge.wire import messages
 from broker_bridge.wire.envelope import random_bytes
-from broker_bridge.wire.messages import Command, Reply
-from broker_bridge.wire.topics import OPERATOR, Topics
+from broker_bridge.wire.messages import Command, Presence, Reply
+from broker_bridge.wire.topics import OPERATOR, DeviceState, Topics
+from server.fleet.home import Home
 
 __all__ = ["Operator"]
 
@@ -26,6 +28,15 @@ class Operator:
         self._topics = Topics(federation)
         name = f"{OPERATOR}-{random_bytes(4).hex()}"
         self._link = PahoLink.open(host, port, client_id=name, tls=tls, session_s=0, wait_s=5.0)
+
+    @classmethod
+    def of(cls, home: Home) -> "Operator":
+        """Connect with what is in the fleet's folder. Raises LocalError, LinkError."""
+        config = home.config()
+        return cls(
+            config.broker.host, config.broker.port, federation=config.federation,
+            tls=home.tls("operator"),
+        )  # fmt: skip
 
     def ask(self, command: Command, *, wait_s: float = 10.0) -> Reply:
         """Publish a command and return the server's reply to it.
@@ -47,6 +58,29 @@ class Operator:
             if reply.id == command.id:
                 return reply
         raise LinkError("the broker answers, but the server does not; start it with `midge server`")
+
+    def devices(self, *, wait_s: float = 5.0) -> dict[str, Presence]:
+        """Return what the broker retains of each device's state, by name.
+
+        A broker answers filters in their order, so the server's own state, which comes last,
+        ends the list; without one it ends after `wait_s`. What is no presence is passed over.
+        """
+        topics = self._topics
+        self._link.subscribe([topics.all_states, topics.srv])
+        found: dict[str, Presence] = {}
+        until = time.monotonic() + wait_s
+        while (left := until - time.monotonic()) > 0:
+            event = self._link.receive(left)
+            if not isinstance(event, Message):
+                continue
+            self._link.ack(event)
+            with contextlib.suppress(PeerError):
+                match topics.parse(event.topic):
+                    case "srv":
+                        break
+                    case DeviceState(device) if event.payload:
+                        found[device] = messages.decode_json(event.payload, Presence)
+        return found
 
     def watch(self, stopped: Callable[[], bool]) -> Iterator[tuple[str, bytes]]:
         """Yield (topic, payload) of presence and metrics as they come."""

@@ -10,7 +10,7 @@ Times called `_s` are durations. No message asks a device to believe a date.
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
-from msgspec import Meta
+from msgspec import UNSET, Meta, UnsetType
 
 from broker_bridge.errors import PeerError
 from broker_bridge.limits import LIMITS
@@ -29,14 +29,12 @@ __all__ = [
     "Go",
     "Init",
     "Join",
+    "Measured",
     "Need",
     "NeedBlob",
     "Presence",
     "Refused",
     "Reply",
-    "Renew",
-    "RenewKeys",
-    "Renewal",
     "Report",
     "RoundSummary",
     "ServerIdentity",
@@ -53,9 +51,7 @@ __all__ = [
 ]
 
 Bytes32 = Annotated[bytes, Meta(min_length=32, max_length=32)]
-Bytes64 = Annotated[bytes, Meta(min_length=64, max_length=64)]
 Bytes8 = Annotated[bytes, Meta(min_length=8, max_length=8)]
-Bytes16 = Annotated[bytes, Meta(min_length=16, max_length=16)]
 Count = Annotated[int, Meta(ge=0, le=2**53)]
 Size = Annotated[int, Meta(ge=1, le=LIMITS.model_bytes_max)]
 Name = Annotated[str, Meta(min_length=1, max_length=LIMITS.name_chars_max)]
@@ -218,7 +214,7 @@ class Ack(_Message, frozen=True, kw_only=True, tag="ack"):
 
 
 class Refused(_Message, frozen=True, kw_only=True, tag="refused"):
-    """Enrolment or renewal was refused; the sentence says why and what to do."""
+    """Enrolment was refused; the sentence says why and what to do."""
 
     reason: Sentence
 
@@ -245,20 +241,18 @@ class EnrolSecret(_Message, frozen=True, kw_only=True):
 
 
 class Welcome(_Message, frozen=True, kw_only=True, tag="welcome"):
-    """The answer to `Enrol` or `Renew`: signed by the server, `sealed` to the device."""
+    """The answer to `Enrol`: signed by the server, `sealed` to the device under the token."""
 
     enc: Bytes32
     sealed: Annotated[bytes, Meta(max_length=LIMITS.control_bytes_max)]
 
 
 class Configured(_Message, frozen=True, kw_only=True):
-    """What is sealed in `Welcome`. An empty certificate: the one that the device has stays."""
+    """What is sealed in `Welcome`."""
 
     device: Name
     certificate_pem: str
     fleet_epoch: Count
-    certified_until: Count = 0  # names the certificate; no device holds it against a clock
-    issued_at: Finite = 0.0  # a device's clock cannot be right if it is behind this
     fleet_key: Bytes32
 
     def __repr__(self) -> str:
@@ -266,48 +260,26 @@ class Configured(_Message, frozen=True, kw_only=True):
 
 
 class ServerIdentity(_Message, frozen=True, kw_only=True):
-# ── Renewal: a new fleet key, a new certificate, new keys ───────────────────────────────
-
-
-class RenewKeys(_Message, frozen=True, kw_only=True):
-    """Keys to take the place of a device's present ones, each signed by itself where it can."""
-
-    sign_public: Bytes32
-    kem_public: Bytes32
-    tls_public: Bytes32
-    sign_proof: Bytes64
-    tls_proof: Bytes64
-
-
-class Renew(_Message, frozen=True, kw_only=True, tag="renew"):
-    """This is what I have: send me what is newer. With `keys`: these are mine from now on."""
-
-    nonce: Bytes16
-    fleet_epoch: Count
-    certified_until: Count
-    software: Annotated[str, Meta(max_length=80)]
-    keys: RenewKeys | None = None
-
-
-class Renewal(_Message, frozen=True, kw_only=True, tag="renewal"):
-    """The server asks a device to renew: it means the key and the certificate that are named."""
-
-    sign_public: Bytes32
-    certified_until: Count
-    keys: bool = False
-    spread_s: Seconds = 0.0
-
-
-    """The server's public keys, signed by the federation's root. The highest `sequence` holds."""
+    """The server's public keys, signed by the federation's root."""
 
     federation: Name
     sign_public: Bytes32
-    sequence: Count = 0
     kem_public: Bytes32
     issued_at: Finite
 
 
 # ── For people: JSON ────────────────────────────────────────────────────────────────────
+
+
+class Measured(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What a device's last training cost it. It says so itself, and nobody decides by it."""
+
+    task: Name
+    digest: Annotated[str, Meta(min_length=16, max_length=16)]  # first hex digits of the task's
+    step_s: Seconds  # the mean over the training's steps
+    memory_bytes: Count  # the most that the process which trained ever held; 0: not known
+    runtime: Annotated[str, Meta(max_length=80)]
+    machine: Annotated[str, Meta(max_length=40)]
 
 
 class Presence(_Message, frozen=True, kw_only=True):
@@ -318,6 +290,7 @@ class Presence(_Message, frozen=True, kw_only=True):
     role: Literal["train", "evaluate"] = "train"
     round: Count = 0
     detail: Sentence = ""
+    measured: Measured | UnsetType = UNSET
 
 
 class ServerPresence(_Message, frozen=True, kw_only=True):

@@ -157,13 +157,9 @@ def _watched(topics: Topics, topic: str, payload: bytes, as_json: bool) -> str:
 @contextlib.contextmanager
 def _operator(folder: Path) -> Iterator[tuple[Operator, Topics]]:
     home = Home.find(folder)
-    config = home.config()
-    operator = Operator(
-        config.broker.host, config.broker.port, federation=config.federation,
-        tls=home.tls("operator"),
-    )  # fmt: skip
+    operator = Operator.of(home)
     try:
-        yield operator, Topics(config.federation)
+        yield operator, Topics(home.config().federation)
     finally:
         operator.close()
 

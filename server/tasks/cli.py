@@ -20,7 +20,7 @@ from broker_bridge.console import run_command
 from broker_bridge.errors import LocalError
 from broker_bridge.task.samples import Samples
 from broker_bridge.task.taskfile import Task
-from server.tasks import checks, curve
+from server.tasks import checks, curve, field
 from server.tasks.files import read_task, write_task
 
 __all__ = ["task"]
@@ -77,15 +77,26 @@ def build(model: Path, output: Path | None, function: str, **given: Any) -> None
 
 @task.command()
 @click.argument("file", type=_FILE)
-@click.option("--measure/--no-measure", default=True, help="Train a few steps to measure.")
+@click.option("--measure/--no-measure", default=True, show_default=True,
+              help="Train a few steps here to measure memory and time.")  # fmt: skip
+@click.option("--dir", "folder", type=click.Path(path_type=Path, file_okay=False),
+              help="A fleet's folder: add what its connected devices measured.")  # fmt: skip
+@click.option("--device", help="Of this device alone; needs --dir.")
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
-def inspect(file: Path, measure: bool, as_json: bool) -> None:
+def inspect(
+    file: Path, measure: bool, folder: Path | None, device: str | None, as_json: bool
+) -> None:
     """Print what the task in FILE costs: bytes, memory, time for each step.
+
+    A device's figures are of its last training; it keeps them in its state on the broker.
 
     \b
     Example:
       midge task inspect my.task
+      midge task inspect my.task --dir fleet --device ward-3
     """
+    if device is not None and folder is None:
+        raise LocalError("say with --dir which fleet that device is in")
     plan, weights = read_task(file)
     facts = _facts(plan.task)
     if measure:
@@ -100,7 +111,14 @@ def inspect(file: Path, measure: bool, as_json: bool) -> None:
                 "step_ms": round(statistics.median(result.step_ms), 3),
                 "peak_mb": round(result.peak_mb, 1),
             }
+    if folder is None:
+        _show(facts, as_json=as_json)
+        return
+    devices = field.read_devices(folder, device=device)
+    facts["measured on devices"] = field.figures(devices, plan)
     _show(facts, as_json=as_json)
+    if not as_json and not facts["measured on devices"]:
+        click.echo(f"    {field.why_none(devices, plan)}")
 
 
 @task.command()

@@ -13,7 +13,6 @@ Only NumPy and the runtime are imported, so that the memory printed is a device'
 """
 
 import json
-import resource
 import sys
 import time
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from broker_bridge.machine import peak_memory_bytes
 from broker_bridge.task.runtime import TaskRuntime
 from broker_bridge.task.samples import Samples
 from broker_bridge.task.taskfile import Training, decode_plan
@@ -85,7 +85,7 @@ def main(folder: Path, runtime_name: str, repeat: int) -> None:
         "runtime": runtime.runtime_name,
         "load_ms": 1000 * loading,
         "step_ms": times,
-        "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "peak_mb": peak_memory_bytes() / 1e6,
     }
     (folder / "result.json").write_text(json.dumps(facts), encoding="utf-8")
 

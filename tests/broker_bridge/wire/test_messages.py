@@ -28,14 +28,12 @@ from broker_bridge.wire.messages import (
     Go,
     Init,
     Join,
+    Measured,
     Need,
     NeedBlob,
     Presence,
     Refused,
     Reply,
-    Renew,
-    Renewal,
-    RenewKeys,
     Report,
     RoundSummary,
     ServerIdentity,
@@ -53,7 +51,6 @@ TASK = Blob(digest=A, total_bytes=70_000, body_bytes=61_144)
 MODEL = Blob(digest=B, total_bytes=9_000, body_bytes=61_144)
 SETTINGS = Settings(epochs=2, learning_rate=0.05, proximal_mu=0.01, clip_norm=5.0)
 
-NEW_KEYS = RenewKeys(sign_public=A, kem_public=B, tls_public=C, sign_proof=A + B, tls_proof=B + C)
 # One of each, every field set.
 BINARY: list[msgspec.Struct] = [
     TASK,
@@ -79,17 +76,15 @@ BINARY: list[msgspec.Struct] = [
     Enrol(device="anna", kem_public=A, enc=B, sealed=b"sealed"),
     EnrolSecret(sign_public=A, tls_public=B, proof=b"proof", software="midge 0.1.0"),
     Welcome(enc=A, sealed=b"sealed"),
-    Configured(
-        device="anna", certificate_pem="PEM", certified_until=2, issued_at=1.5, fleet_epoch=1,
-        fleet_key=C,
-    ),
-    NEW_KEYS,
-    Renew(nonce=A[:16], fleet_epoch=1, certified_until=2, software="midge 0.1.0", keys=NEW_KEYS),
-    Renewal(sign_public=A, certified_until=2, keys=True, spread_s=1.5),
-    ServerIdentity(federation="demo", sequence=3, sign_public=A, kem_public=B, issued_at=1.5),
+    Configured(device="anna", certificate_pem="PEM", fleet_epoch=1, fleet_key=C),
+    ServerIdentity(federation="demo", sign_public=A, kem_public=B, issued_at=1.5),
 ]  # fmt: skip
 JSON: list[msgspec.Struct] = [
     Presence(state="training", boot=3, role="train", round=7, detail="epoch 1 of 2"),
+    Measured(
+        task="wearables", digest="0123456789abcdef", step_s=0.0025, memory_bytes=68_000_000,
+        runtime="tflite-runtime 2.14.0", machine="aarch64",
+    ),
     ServerPresence(state="online"),
     Until(accuracy=0.8, loss=0.5),
     Command(
@@ -229,6 +224,15 @@ def test_the_frozen_json_of_version_1_still_reads_and_is_still_written(
     frozen = VECTORS["json"][type(message).__name__].encode()
     assert messages.decode_json(frozen, type(message)) == message
     assert messages.encode_json(message) == frozen
+
+
+def test_what_a_device_measured_is_in_its_presence_once_it_has_trained() -> None:
+    presence, measured = (m for m in JSON if isinstance(m, Presence | Measured))
+    after = msgspec.structs.replace(presence, measured=measured)
+    frozen = VECTORS["json"]["Presence, measured"].encode()
+    assert messages.decode_json(frozen, Presence) == after
+    assert messages.encode_json(after) == frozen
+    assert b"measured" not in messages.encode_json(presence)
 
 
 @EVERY_BINARY
