@@ -34,6 +34,9 @@ __all__ = [
     "NeedBlob",
     "Presence",
     "Refused",
+    "Renew",
+    "RenewKeys",
+    "Renewal",
     "Reply",
     "Report",
     "RoundSummary",
@@ -50,7 +53,9 @@ __all__ = [
     "signed",
 ]
 
+Bytes64 = Annotated[bytes, Meta(min_length=64, max_length=64)]
 Bytes32 = Annotated[bytes, Meta(min_length=32, max_length=32)]
+Bytes16 = Annotated[bytes, Meta(min_length=16, max_length=16)]
 Bytes8 = Annotated[bytes, Meta(min_length=8, max_length=8)]
 Count = Annotated[int, Meta(ge=0, le=2**53)]
 Size = Annotated[int, Meta(ge=1, le=LIMITS.model_bytes_max)]
@@ -214,7 +219,7 @@ class Ack(_Message, frozen=True, kw_only=True, tag="ack"):
 
 
 class Refused(_Message, frozen=True, kw_only=True, tag="refused"):
-    """Enrolment was refused; the sentence says why and what to do."""
+    """Enrolment or renewal was refused; the sentence says why and what to do."""
 
     reason: Sentence
 
@@ -241,17 +246,19 @@ class EnrolSecret(_Message, frozen=True, kw_only=True):
 
 
 class Welcome(_Message, frozen=True, kw_only=True, tag="welcome"):
-    """The answer to `Enrol`: signed by the server, `sealed` to the device under the token."""
+    """The answer to `Enrol` or `Renew`: signed by the server, `sealed` to the device."""
 
     enc: Bytes32
     sealed: Annotated[bytes, Meta(max_length=LIMITS.control_bytes_max)]
 
 
 class Configured(_Message, frozen=True, kw_only=True):
-    """What is sealed in `Welcome`."""
+    """What is sealed in `Welcome`. An empty certificate: the one that the device has stays."""
 
     device: Name
     certificate_pem: str
+    certified_until: Count = 0  # names the certificate; no device holds it against a clock
+    issued_at: Finite = 0.0  # a device's clock cannot be right if it is behind this
     fleet_epoch: Count
     fleet_key: Bytes32
 
@@ -259,10 +266,43 @@ class Configured(_Message, frozen=True, kw_only=True):
         return f"Configured({self.device}, fleet epoch {self.fleet_epoch})"
 
 
+# ── Renewal: a new fleet key, a new certificate, new keys ───────────────────────────────
+
+
+class RenewKeys(_Message, frozen=True, kw_only=True):
+    """Keys to take the place of a device's present ones, each signed by itself where it can."""
+
+    sign_public: Bytes32
+    kem_public: Bytes32
+    tls_public: Bytes32
+    sign_proof: Bytes64
+    tls_proof: Bytes64
+
+
+class Renew(_Message, frozen=True, kw_only=True, tag="renew"):
+    """This is what I have: send me what is newer. With `keys`: these are mine from now on."""
+
+    nonce: Bytes16
+    fleet_epoch: Count
+    certified_until: Count
+    software: Annotated[str, Meta(max_length=80)]
+    keys: RenewKeys | None = None
+
+
+class Renewal(_Message, frozen=True, kw_only=True, tag="renewal"):
+    """The server asks a device to renew: it means the key and the certificate that are named."""
+
+    sign_public: Bytes32
+    certified_until: Count
+    keys: bool = False
+    spread_s: Seconds = 0.0
+
+
 class ServerIdentity(_Message, frozen=True, kw_only=True):
-    """The server's public keys, signed by the federation's root."""
+    """The server's public keys, signed by the federation's root. The highest `sequence` holds."""
 
     federation: Name
+    sequence: Count = 0
     sign_public: Bytes32
     kem_public: Bytes32
     issued_at: Finite

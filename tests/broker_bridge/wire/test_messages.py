@@ -33,6 +33,9 @@ from broker_bridge.wire.messages import (
     NeedBlob,
     Presence,
     Refused,
+    Renew,
+    Renewal,
+    RenewKeys,
     Reply,
     Report,
     RoundSummary,
@@ -50,6 +53,7 @@ UPLOAD = bytes(range(8))
 TASK = Blob(digest=A, total_bytes=70_000, body_bytes=61_144)
 MODEL = Blob(digest=B, total_bytes=9_000, body_bytes=61_144)
 SETTINGS = Settings(epochs=2, learning_rate=0.05, proximal_mu=0.01, clip_norm=5.0)
+NEW_KEYS = RenewKeys(sign_public=A, kem_public=B, tls_public=C, sign_proof=A + B, tls_proof=B + C)
 
 # One of each, every field set.
 BINARY: list[msgspec.Struct] = [
@@ -76,8 +80,14 @@ BINARY: list[msgspec.Struct] = [
     Enrol(device="anna", kem_public=A, enc=B, sealed=b"sealed"),
     EnrolSecret(sign_public=A, tls_public=B, proof=b"proof", software="midge 0.1.0"),
     Welcome(enc=A, sealed=b"sealed"),
-    Configured(device="anna", certificate_pem="PEM", fleet_epoch=1, fleet_key=C),
-    ServerIdentity(federation="demo", sign_public=A, kem_public=B, issued_at=1.5),
+    Configured(
+        device="anna", certificate_pem="PEM", certified_until=2, issued_at=1.5, fleet_epoch=1,
+        fleet_key=C,
+    ),
+    NEW_KEYS,
+    Renew(nonce=A[:16], fleet_epoch=1, certified_until=2, software="midge 0.1.0", keys=NEW_KEYS),
+    Renewal(sign_public=A, certified_until=2, keys=True, spread_s=1.5),
+    ServerIdentity(federation="demo", sequence=3, sign_public=A, kem_public=B, issued_at=1.5),
 ]  # fmt: skip
 JSON: list[msgspec.Struct] = [
     Presence(state="training", boot=3, role="train", round=7, detail="epoch 1 of 2"),
