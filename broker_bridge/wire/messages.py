@@ -34,10 +34,10 @@ __all__ = [
     "NeedBlob",
     "Presence",
     "Refused",
-    "Reply",
     "Renew",
     "RenewKeys",
     "Renewal",
+    "Reply",
     "Report",
     "RoundSummary",
     "ServerIdentity",
@@ -53,10 +53,10 @@ __all__ = [
     "signed",
 ]
 
-Bytes32 = Annotated[bytes, Meta(min_length=32, max_length=32)]
 Bytes64 = Annotated[bytes, Meta(min_length=64, max_length=64)]
-Bytes8 = Annotated[bytes, Meta(min_length=8, max_length=8)]
+Bytes32 = Annotated[bytes, Meta(min_length=32, max_length=32)]
 Bytes16 = Annotated[bytes, Meta(min_length=16, max_length=16)]
+Bytes8 = Annotated[bytes, Meta(min_length=8, max_length=8)]
 Count = Annotated[int, Meta(ge=0, le=2**53)]
 Size = Annotated[int, Meta(ge=1, le=LIMITS.model_bytes_max)]
 Name = Annotated[str, Meta(min_length=1, max_length=LIMITS.name_chars_max)]
@@ -257,16 +257,15 @@ class Configured(_Message, frozen=True, kw_only=True):
 
     device: Name
     certificate_pem: str
-    fleet_epoch: Count
     certified_until: Count = 0  # names the certificate; no device holds it against a clock
     issued_at: Finite = 0.0  # a device's clock cannot be right if it is behind this
+    fleet_epoch: Count
     fleet_key: Bytes32
 
     def __repr__(self) -> str:
         return f"Configured({self.device}, fleet epoch {self.fleet_epoch})"
 
 
-class ServerIdentity(_Message, frozen=True, kw_only=True):
 # ── Renewal: a new fleet key, a new certificate, new keys ───────────────────────────────
 
 
@@ -299,11 +298,12 @@ class Renewal(_Message, frozen=True, kw_only=True, tag="renewal"):
     spread_s: Seconds = 0.0
 
 
+class ServerIdentity(_Message, frozen=True, kw_only=True):
     """The server's public keys, signed by the federation's root. The highest `sequence` holds."""
 
     federation: Name
-    sign_public: Bytes32
     sequence: Count = 0
+    sign_public: Bytes32
     kem_public: Bytes32
     issued_at: Finite
 

@@ -33,10 +33,10 @@ from broker_bridge.wire.messages import (
     NeedBlob,
     Presence,
     Refused,
-    Reply,
     Renew,
     Renewal,
     RenewKeys,
+    Reply,
     Report,
     RoundSummary,
     ServerIdentity,
@@ -53,8 +53,8 @@ UPLOAD = bytes(range(8))
 TASK = Blob(digest=A, total_bytes=70_000, body_bytes=61_144)
 MODEL = Blob(digest=B, total_bytes=9_000, body_bytes=61_144)
 SETTINGS = Settings(epochs=2, learning_rate=0.05, proximal_mu=0.01, clip_norm=5.0)
-
 NEW_KEYS = RenewKeys(sign_public=A, kem_public=B, tls_public=C, sign_proof=A + B, tls_proof=B + C)
+
 # One of each, every field set.
 BINARY: list[msgspec.Struct] = [
     TASK,
