@@ -103,14 +103,14 @@ class Slots:
         return self._fd
 
     def give_back(self, upload: bytes) -> None:
-        """The slot is free for another. Raises LocalError."""
-        slot = self._slots.pop(upload)
+        """The slot is free for another. Raises LocalError; then it is still in use."""
+        slot = self._slots[upload]
+        last = len(self._slots) == 1
         with disk_errors(self.path):
-            if self._slots:
-                self._write_header(slot, upload, in_use=0)
-                self._free.setdefault(slot.size_bytes, []).append(slot.start)
-                return
-            self._remove()
+            self._remove() if last else self._write_header(slot, upload, in_use=0)
+        del self._slots[upload]
+        if not last:
+            self._free.setdefault(slot.size_bytes, []).append(slot.start)
 
     def write_again(self, upload: bytes) -> None:
         """Write what says whose slot this is once more: a sync failed since. Raises LocalError."""
@@ -119,8 +119,8 @@ class Slots:
             self._write_header(self._slots[upload], upload, in_use=1)
 
     def _remove(self) -> None:
-        self.close()
         self._disk.unlink(self.path)
+        self.close()
         self._free.clear()
         self._end = _BLOCK_BYTES
 

@@ -106,8 +106,8 @@ class Spool:
         if len(upload) != TRANSFER_ID_BYTES:
             raise ValueError(f"an upload id is {TRANSFER_ID_BYTES} bytes")
         if upload in self._slots and self._slots.layout(upload) != layout:
-            self._bytes -= self._found.pop(upload)
             self._slots.give_back(upload)
+            self._bytes -= self._found.pop(upload)
         new = upload not in self._found
         held = _Held(layout, set() if new else self.present(upload, layout))
         if new and held.file_bytes <= self._shared_bytes_max:
@@ -245,12 +245,18 @@ class Spool:
         held.present.clear()
 
     def drop(self, upload: bytes) -> None:
-        """Remove an upload, if it is here. It may be back after a power cut: see `clear`."""
-        held = self._held.pop(upload, None)
-        self._bytes -= held.file_bytes if held else self._found.pop(upload, 0)
+        """Remove an upload, if it is here. It may be back after a power cut: see `clear`.
+
+        Raises LocalError when the disk refuses; then it is still here, to be dropped again.
+        """
         if upload in self._slots:
             self._slots.give_back(upload)
-            return
+        else:
+            self._unlink(upload)
+        held = self._held.pop(upload, None)
+        self._bytes -= held.file_bytes if held else self._found.pop(upload, 0)
+
+    def _unlink(self, upload: bytes) -> None:
         handle = self._handles.pop(upload, None)
         path = self._path(upload)
         with disk_errors(path):

@@ -1,5 +1,6 @@
 """Faults that the simulation found, each by the shortest way to it."""
 
+import contextlib
 import errno
 import os
 import random
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from broker_bridge.errors import LocalError
 from broker_bridge.link.base import Message
 from broker_bridge.wire.chunks import Layout, chunk_header, seal_chunks
 from broker_bridge.wire.envelope import ChunkKey
@@ -18,7 +20,7 @@ from tests.simulation.disk import SimulatedDisk
 from tests.simulation.federation import Federation
 from tests.simulation.machines import Parts
 from tests.simulation.oracle import ViolationError
-from tests.simulation.test_broken_builds import ReceiptBeforeFsync
+from tests.simulation.test_broken_builds import ReceiptBeforeFsync, taking_in
 from tests.simulation.weather import Weather
 
 UPLOAD = b"upload-1"
@@ -94,11 +96,41 @@ def test_updates_stay_gone_though_the_server_was_killed_while_it_removed_them() 
         assert Spool(Path("/state/spool"), disk=disk).uploads() == set()
 
 
+@pytest.mark.parametrize("shared_bytes_max", [0, 10_000], ids=["own files", "one file"])
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC])
+def test_what_the_disk_would_not_remove_goes_the_next_time(
+    number: int, shared_bytes_max: int
+) -> None:
+    """A slot was forgotten before the write that gave it back: its file stayed behind."""
+    for point in range(8):
+        disk = SimulatedDisk(random.Random(1))
+        disk.mkdir(Path("/state"))
+        spool = Spool(Path("/state/spool"), shared_bytes_max=shared_bytes_max, disk=disk)
+        uploads = [bytes([each]) * 8 for each in range(3)]
+        for upload in uploads:
+            spool.begin(upload, LAYOUT)
+        points: list[str] = []
+
+        def strike(what: str, name: str, at: int = point, seen: list[str] = points) -> None:
+            if what in ("write", "unlink", "fsync"):
+                seen.append(what)
+                if len(seen) == at + 1:
+                    raise disk_error(number)
+
+        disk.strike = strike
+        with contextlib.suppress(LocalError):
+            spool.clear()
+        disk.strike = lambda *_: None
+        spool.clear()
+        assert disk.names(spool.folder) == []
+        assert (spool.uploads(), spool.bytes_held) == (set(), 0)
+
+
 def test_an_update_with_a_receipt_that_cannot_be_read_ends_the_server_with_a_sentence() -> None:
     """It came up with a traceback. There is no honest model of that round without the update."""
     said: list[str] = []
     for seed in range(150):
-        federation = Federation(Weather.of(seed), Parts(ledger=ReceiptBeforeFsync))
+        federation = Federation(Weather.of(seed), Parts(taking_in(ReceiptBeforeFsync)))
         try:
             federation.run()
         except ViolationError:
