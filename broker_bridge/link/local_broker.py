@@ -8,9 +8,11 @@ pip package `iotcore`, and one line (`lacks`) that says what is missing then.
 Does not make certificates: `folder` must hold ca.pem, broker.pem and broker-key.pem.
 """
 
+import contextlib
 import getpass
 import importlib.util
 import os
+import secrets
 import shutil
 import socket
 import subprocess
@@ -37,6 +39,8 @@ IOTCORE_LACKS = (
     "demo broker iotcore: it checks no client certificates, has no ACL and no persistence; "
     "install mosquitto for real use"
 )
+
+_PORTS = range(20_000, 32_000)
 
 # Debian and Homebrew install it where a user's PATH may not look.
 _MOSQUITTO_FOLDERS = (
@@ -78,11 +82,16 @@ def shipped_file(name: str) -> Path:
 
 
 def free_port() -> int:
-    """Return a TCP port of 127.0.0.1 that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """Return a TCP port of 127.0.0.1 that was free a moment ago.
+
+    From below those that systems give to outgoing connections, so that nobody dials from it
+    while a broker is restarted.
+    """
+    while True:
+        port = secrets.choice(_PORTS)
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 class LocalBroker:
