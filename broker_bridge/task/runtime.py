@@ -5,6 +5,7 @@ same numbers for the same seed. It holds no state between calls and no samples.
 One process can use one runtime: which one is a matter of the Python version, or of `prefer`.
 """
 
+import functools
 import importlib
 import importlib.metadata
 import sys
@@ -19,7 +20,7 @@ from broker_bridge.errors import LocalError
 from broker_bridge.task.samples import Samples
 from broker_bridge.task.taskfile import Plan, Task, Training, weights_of
 
-__all__ = ["RUNTIMES", "Evaluation", "State", "Step", "TaskRuntime", "draw_noise"]
+__all__ = ["RUNTIMES", "Evaluation", "State", "Step", "TaskRuntime", "draw_noise", "warm_up"]
 
 Array = NDArray[Any]
 Floats = NDArray[np.float32]
@@ -72,7 +73,7 @@ class TaskRuntime:
         self.task = plan.task
         self._num_threads = num_threads
         name, self._module = _load_module(prefer)
-        self.runtime_name = f"{name} {importlib.metadata.version(name)}"
+        self.runtime_name = f"{name} {_version(name)}"
         self._runners = self._load(delegates=True)
 
     def fresh_state(self, weights: Mapping[str, Array]) -> State:
@@ -201,6 +202,26 @@ def draw_noise(task: Task, seed: int) -> list[Floats]:
         else draw.standard_normal(noise.shape, np.float32)
         for noise in task.noise
     ]
+
+
+def warm_up(model: bytes, *, num_threads: int = 1, prefer: str | None = None) -> None:
+    """Load and run `model`, so that the runtime looks at the machine now.
+
+    A process that gives up its rights does this before. Raises LocalError when no runtime
+    is installed.
+    """
+    name, module = _load_module(prefer)
+    _version(name)
+    interpreter = module.Interpreter(model_content=model, num_threads=num_threads)
+    interpreter.allocate_tensors()
+    interpreter.invoke()
+    for name in interpreter.get_signature_list():
+        interpreter.get_signature_runner(name)
+
+
+@functools.cache
+def _version(name: str) -> str:
+    return importlib.metadata.version(name)
 
 
 def _load_module(prefer: str | None) -> tuple[str, Any]:

@@ -74,7 +74,7 @@ def encode(tensors: Tensors) -> bytes:
     return b"".join((_PREFIX.pack(_MAGIC, len(header)), header, *values))
 
 
-def decode(data: bytes) -> dict[str, NDArray[Any]]:
+def decode(data: bytes | memoryview) -> dict[str, NDArray[Any]]:
     """Return the tensors in `data` as read-only arrays over it.
 
     Raises PeerError: `bad_weights` when the bytes are not a set of tensors,
@@ -111,7 +111,7 @@ def check(tensors: Tensors, expected: Sequence[TensorSpec]) -> None:
     raise PeerError("wrong_shape", f"expected {len(expected)} tensors, got {len(found)}")
 
 
-def _decode_header(data: bytes) -> tuple[tuple[TensorSpec, ...], int]:
+def _decode_header(data: bytes | memoryview) -> tuple[tuple[TensorSpec, ...], int]:
     if len(data) < _PREFIX.size:
         raise PeerError("bad_weights", "the weights are cut short")
     magic, length = _PREFIX.unpack_from(data)
