@@ -6,6 +6,7 @@ import msgspec
 from msgspec import Meta
 
 from broker_bridge.limits import LIMITS
+from device_client.eligibility import Rules
 
 __all__ = ["EXAMPLE", "DeviceConfig"]
 
@@ -25,7 +26,10 @@ class DeviceConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     inflight_max: Annotated[int, Meta(ge=1, le=LIMITS.inflight_max)] = LIMITS.inflight_max
     publishes_per_s: Annotated[float, Meta(ge=0, le=1e6)] = 0.0
     threads: Annotated[int, Meta(ge=1, le=64)] = 1
+    memory_mb: Annotated[int, Meta(ge=0, le=1 << 20)] = 0
+    stall_s: Annotated[float, Meta(ge=1, le=86_400)] = 300.0
     log: Literal["debug", "info", "warning", "error"] = "info"
+    eligibility: Rules = Rules()
 
 
 EXAMPLE = """\
@@ -60,6 +64,28 @@ EXAMPLE = """\
 # Processor threads for training. One is fastest for small models.
 # threads = 1
 
+# The most memory that training may take, samples included, in MB (0: half of the machine's),
+# and how long one step may take before training counts as hung and is ended, in seconds.
+# memory_mb = 0
+# stall_s = 300.0
+
 # debug, info, warning or error
 # log = "info"
+
+# When this device may work. What is not set does not matter; what is set and cannot be read
+# on this machine counts as not fulfilled (`midge-device status` shows each). Training stops
+# within one step when a rule no longer holds, and begins again in the same round if it can.
+# [eligibility]
+# mains = true                # only on mains power
+# battery_min = 0.4           # or above this fraction of its battery
+# temperature_max_c = 75.0    # of the hottest zone
+# throttled = false           # not while the processor is throttled (Raspberry Pi)
+# load_max = 0.7              # processes that want to run, for each core
+# memory_min_mb = 150.0
+# disk_min_mb = 200.0
+# metered = false             # not over a network that NetworkManager calls metered
+# networks = ["eth0", "wlan0"]
+# hours = ["22:00-06:00"]
+# samples_min = 100
+# unless_file = "/run/in-use" # not while this file is there
 """
