@@ -8,7 +8,9 @@ from importlib.metadata import version
 import click
 
 from broker_bridge.console import run_command
+from server.commands.bundle import bundle
 from server.commands.demo import demo
+from server.commands.flash import flash
 from server.commands.fleet import broker, device, init
 from server.commands.models import model
 from server.commands.rounds import pause, resume, start, status, stop, watch
@@ -22,7 +24,7 @@ __all__ = ["main", "midge"]
 
 _COMMANDS = (
     init, broker, server_command, device,
-    start, stop, pause, resume, status, watch,
+    flash, bundle, start, stop, pause, resume, status, watch,
     model, task, demo, simulate, doctor, unit,
 )  # fmt: skip
 

@@ -1,0 +1,312 @@
+"""`midge flash`: a card on which a Raspberry Pi enrols and trains by itself."""
+
+import contextlib
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from broker_bridge import checkup
+from broker_bridge.disk import disk_errors, write_atomic
+from broker_bridge.errors import LocalError
+from broker_bridge.wire.envelope import fingerprint, random_bytes
+from broker_bridge.wire.topics import is_name
+from server.commands.bundle import FILE, FOLDER, What, what_options
+from server.commands.options import DIR, JSON
+from server.fleet.authority import check_device_name
+from server.fleet.flash import flashing
+from server.fleet.flash.card import Card, copy_image, open_card
+from server.fleet.flash.diagnosis import diagnose
+from server.fleet.flash.firstboot import Login, Wifi, login, wifi
+from server.fleet.flash.flashing import Settings
+from server.fleet.flash.labels import Written, as_csv, as_labels, numbered
+from server.fleet.home import Home
+from server.store.database import Database
+
+__all__ = ["flash"]
+
+_BOOT = click.option("--boot", type=FOLDER, help="A card's boot partition that is mounted here.")
+_IMAGE = click.option("--image", type=FILE, help="An image of Raspberry Pi OS, .img or .img.xz.")
+
+
+@click.group(invoke_without_command=True)
+@click.option("--device", help="The device's name; it becomes its host name too.")
+@_IMAGE
+@_BOOT
+@click.option("--out", type=FOLDER, default=Path("cards"), show_default=True,
+              help="Where the images go: one for each device, NAME.img.")  # fmt: skip
+@click.option("--count", type=click.IntRange(1, 1000), help="Write so many cards (with --image).")
+@click.option("--name", "pattern", help="Their names, as in 'ward-{:02}'.")
+@click.option("--wifi", "ssid", help="Join this network; its passphrase is asked for.")
+@click.option("--wifi-country", default="", help="Whose rules hold for wifi, as in GB.")
+@click.option("--wifi-hidden", is_flag=True, help="The network does not show its name.")
+@click.option("--ssh-key", type=FILE, help="A public key that may log in; without it nobody may.")
+@click.option("--user", default="pi", show_default=True, help="Who logs in with that key.")
+@click.option("--replace", is_flag=True, help="Also where Imager prepared the first boot.")
+@click.option("--dry-run", is_flag=True, help="Say what would be written, and write nothing.")
+@click.option("--no-wait", is_flag=True, help="Do not wait until the device has enrolled.")
+@what_options
+@DIR
+@JSON
+def flash(
+    device: str | None, image: Path | None, boot: Path | None, out: Path,
+    count: int | None, pattern: str | None, ssid: str | None, wifi_country: str, wifi_hidden: bool,
+    ssh_key: Path | None, user: str, replace: bool, dry_run: bool, no_wait: bool, folder: Path,
+    as_json: bool, **what: Any,
+) -> None:  # fmt: skip
+    """Make a card on which a Raspberry Pi enrols and trains by itself, without internet.
+
+    \b
+    Example:
+      midge flash --device ward-3-pi-07 --image raspios-trixie-arm64-lite.img.xz --dir fleet
+      midge flash --device ward-3-pi-07 --boot /media/me/bootfs --wifi 'Ward 3' --wifi-country GB
+    """
+    if click.get_current_context().invoked_subcommand is not None:
+        return
+    names = _names(device, count, pattern, image)
+    wanted = What(Home.find(folder), **what)
+    wanted.must_be_reachable()
+    joined = _asked(ssid, wifi_country, wifi_hidden)
+    who = _login(user, ssh_key)
+    job = _Job(wanted, joined, who, replace=replace, quiet=as_json)
+    began = time.monotonic()
+    if dry_run:
+        job.show(open_card(boot, _unpacked(image)), names[0])
+        return
+    written = [job.flash(name, boot, image, out) for name in names]
+    _list(out, written, wanted, count)
+    if as_json:
+        click.echo(json.dumps([card.__dict__ for card in written]))
+        return
+    _say_next(written, boot)
+    if not what["data"]:
+        click.echo("no --data: it enrols once data is set in /etc/midge/device.toml on the device")
+    elif not no_wait:
+        _wait(wanted.home, names, began)
+
+
+def _names(
+    device: str | None, count: int | None, pattern: str | None, image: Path | None
+) -> list[str]:
+    if count is None and pattern is None:
+        if device is None:
+            raise LocalError("say --device NAME, or --count 20 --name 'ward-{:02}' for a fleet")
+        names = [device]
+    elif count is None or pattern is None or device is not None or image is None:
+        raise LocalError("a fleet of cards takes --count, --name and --image, and no --device")
+    else:
+        try:
+            names = numbered(pattern, count)
+        except (ValueError, IndexError, KeyError, AttributeError):
+            raise LocalError(
+                f"--name {pattern!r} does not number the devices; write it as in 'ward-{{:02}}'"
+            ) from None
+    for name in names:
+        check_device_name(name)
+        if not is_name(name):
+            raise LocalError(f"{name!r} cannot be a device's name; use a-z, 0-9 and inner '-'")
+    return names
+
+
+def _asked(ssid: str | None, country: str, hidden: bool) -> Wifi | None:
+    if ssid is None:
+        return None
+    wifi(ssid, "", country=country)  # what is wrong with these is said before the question
+    passphrase = os.environ.get("MIDGE_WIFI_PASSPHRASE")
+    if passphrase is None:
+        passphrase = click.prompt(
+            f"Passphrase of {ssid} (empty: an open network)", hide_input=True, default="",
+            show_default=False, err=True,
+        )  # fmt: skip
+    return wifi(ssid, passphrase, country=country, hidden=hidden)
+
+
+def _login(user: str, ssh_key: Path | None) -> Login | None:
+    if ssh_key is None:
+        return None
+    with disk_errors(ssh_key):
+        return login(user, ssh_key.read_text(errors="replace"))
+
+
+def _unpacked(image: Path | None) -> Path | None:
+    if image is not None and image.suffix == ".xz":
+        raise LocalError(f"a dry run looks into an image that is unpacked; say: xz -dk {image}")
+    return image
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One call of `midge flash`: what is alike on all of its cards."""
+
+    what: What
+    wifi: Wifi | None
+    login: Login | None
+    replace: bool
+    quiet: bool
+
+    def flash(self, device: str, boot: Path | None, image: Path | None, out: Path) -> Written:
+        """Write one card. Raises LocalError; then the card is as it was, or is no more."""
+        now = time.time()
+        copy = None
+        if image is not None and boot is None:
+            copy = out / f"{device}.img"
+            with disk_errors(out):
+                out.mkdir(parents=True, exist_ok=True)
+            copy_image(image, copy)
+        try:
+            return self._write(open_card(boot, copy or image), device, now)
+        except BaseException:
+            if copy is not None:
+                copy.unlink(missing_ok=True)  # half a card looks like a whole one
+            raise
+
+    def _write(self, card: Card, device: str, now: float) -> Written:
+        system = flashing.check_card(card, replace=self.replace)
+        self._say("image", system.name)
+        self.what.parcel([system.target], None, now)  # all there, before a token is made
+        token, expires = self.what.token(device, now)
+        files = self.what.parcel([system.target], token, now)
+        wheels = [name for name in files if name.endswith(".whl")]
+        size = sum(len(data) for data in files.values())
+        self._say("bundle", f"{size / 1e6:.1f} MB offline, {len(wheels)} wheels, sha256 checked")
+        self._say("identity", f"one-time token until {expires}; the device makes its own keys")
+        settings = self._settings(device)
+        content = flashing.boot_files(card, system, settings, files)
+        flashing.write(card, system, settings, content, made_at=int(now), token_expires=expires)
+        tops = sorted({name.split("/")[0] for name in content})
+        self._say("written", f"{' '.join(tops)} on {card.where}; read back: identical")
+        return Written(device, card.where, expires)
+
+    def show(self, card: Card, device: str) -> None:
+        """Say what would be written."""
+        system = flashing.check_card(card, replace=self.replace)
+        self._say("image", system.name)
+        files = self.what.parcel([system.target], None, time.time())
+        files["device.bundle"] = b""
+        content = flashing.boot_files(card, system, self._settings(device), files)
+        for name, data in sorted(content.items()):
+            old = card.read(name)
+            size = "a secret" if name.endswith("device.bundle") else f"{len(data)} bytes"
+            verb = "add" if old is None else ("keep" if old == data else "change")
+            click.echo(f"  {verb:6} {name} ({size})")
+        click.echo("nothing was written, and no token was made")
+
+    def _settings(self, device: str) -> Settings:
+        instance = f"midge-{random_bytes(6).hex()}"
+        return Settings(device=device, instance=instance, wifi=self.wifi, login=self.login)
+
+    def _say(self, name: str, text: str) -> None:
+        if not self.quiet:
+            click.echo(f"  {name:10} {text}")
+
+
+def _list(out: Path, written: list[Written], what: What, count: int | None) -> None:
+    if count is None:
+        return
+    federation = what.home.keys().federation
+    write_atomic(out / "cards.csv", as_csv(written).encode(), mode=0o644)
+    write_atomic(out / "labels.html", as_labels(written, federation).encode(), mode=0o644)
+    click.echo(f"  list       {out / 'cards.csv'}, {out / 'labels.html'}", err=True)
+
+
+def _say_next(written: list[Written], boot: Path | None) -> None:
+    if boot is not None:
+        click.echo(f"  next       eject {boot}, put the card into the Pi, give it power")
+        return
+    for card in written:
+        click.echo(f"  next       rpi-imager --cli {card.image} /dev/sdX   (the card, not a disk)")
+
+
+def _wait(home: Home, names: list[str], began: float) -> None:
+    """Say when each device has enrolled. Ctrl-C ends the waiting, and nothing else."""
+    left = list(names)
+    click.echo(f"waiting for {', '.join(left)} …  (Ctrl-C: stop waiting, the card is done)")
+    with contextlib.closing(Database(home.database)) as db:
+        while left:
+            with db.reading() as tx:
+                here = [device for name in left if (device := tx.device(name)) is not None]
+            for device in here:
+                minutes, seconds = divmod(int(time.monotonic() - began), 60)
+                click.echo(
+                    f"{device.name} enrolled after {minutes}m{seconds:02}s, "
+                    f"fingerprint {fingerprint(device.sign_public)}"
+                )
+                left.remove(device.name)
+            time.sleep(1.0 if left else 0)
+
+
+@flash.command("verify")
+@_BOOT
+@_IMAGE
+@JSON
+def verify(boot: Path | None, image: Path | None, as_json: bool) -> None:
+    """Compare a card with what midge wrote on it.
+
+    \b
+    Example:
+      midge flash verify --boot /media/me/bootfs
+    """
+    card = _there(boot, image)
+    found = flashing.manifest(card)
+    if found is None:
+        raise LocalError(f"midge wrote nothing on {card.where}; write it with `midge flash`")
+    other = flashing.differences(card, found)
+    booted = card.read("midge/log/install.txt") is not None
+    if as_json:
+        facts = {"device": found.device, "files": len(found.wrote), "different": other,
+                 "booted": booted}  # fmt: skip
+        click.echo(json.dumps(facts))
+    elif booted:
+        click.echo(f"{found.device} has booted from this card; ask `midge flash doctor` about it")
+    elif not other:
+        click.echo(f"{found.device}: all {len(found.wrote)} files are as they were written")
+    if other and not booted:
+        raise LocalError(
+            f"{card.where}: {other[0]} and {len(other) - 1} more are not as they were written; "
+            "flash it again"
+        )
+
+
+@flash.command("undo")
+@_BOOT
+@_IMAGE
+@JSON
+def undo(boot: Path | None, image: Path | None, as_json: bool) -> None:
+    """Take everything of midge off a card, and put back what was there.
+
+    \b
+    Example:
+      midge flash undo --boot /media/me/bootfs
+    """
+    card = _there(boot, image)
+    found = flashing.undo(card)
+    if as_json:
+        click.echo(json.dumps({"device": found.device, "restored": found.kept}))
+        return
+    click.echo(
+        f"{card.where} is as it was before midge; the token for {found.device} is still good"
+    )
+
+
+@flash.command("doctor")
+@_BOOT
+@_IMAGE
+@JSON
+def doctor(boot: Path | None, image: Path | None, as_json: bool) -> None:
+    """Read from a card what happened on its device, and say what to do.
+
+    \b
+    Example:
+      midge flash doctor --boot /media/me/bootfs
+    """
+    findings = list(diagnose(_there(boot, image)))
+    checkup.show(findings, as_json=as_json)
+    click.get_current_context().exit(checkup.exit_code(findings))
+
+
+def _there(boot: Path | None, image: Path | None) -> Card:
+    return open_card(boot, _unpacked(image))

@@ -1,0 +1,227 @@
+"""A card's boot partition: a mounted folder, or a file with the image of a whole card.
+
+Both are written without root. An image's partition is found in its partition table and
+written with mtools, in place; nothing is mounted. What these do not do: write to a raw
+device. `rpi-imager` and `dd` do that, and ask the right questions first.
+
+Names are paths below the partition's root, with `/`. Every error is a LocalError.
+"""
+
+import lzma
+import os
+import shutil
+import struct
+import subprocess
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import BinaryIO, Protocol
+
+from broker_bridge.disk import disk_errors
+from broker_bridge.errors import LocalError
+
+__all__ = ["Card", "FolderCard", "ImageCard", "copy_image", "open_card"]
+
+_SECTOR = 512
+_FAT_TYPES = frozenset({0x01, 0x04, 0x06, 0x0B, 0x0C, 0x0E})
+_BLOCK = 1 << 20
+
+
+class Card(Protocol):
+    """What is asked of a boot partition."""
+
+    @property
+    def where(self) -> str:
+        """How a person calls it."""
+
+    def names(self, folder: str = "") -> list[str]:
+        """The names in a folder, in lower case; none if there is no such folder."""
+
+    def read(self, name: str) -> bytes | None:
+        """What is in a file; None if there is none."""
+
+    def write(self, files: Mapping[str, bytes]) -> None:
+        """Write files, with the folders they are in, over what is there."""
+
+    def remove(self, names: Iterable[str]) -> None:
+        """Remove files, and folders with all that is in them, where they are there."""
+
+
+def open_card(boot: Path | None, image: Path | None) -> Card:
+    """The card in a mounted folder or in an image. Raises LocalError."""
+    if (boot is None) == (image is None):
+        raise LocalError("say either --boot FOLDER, a card that is mounted, or --image FILE")
+    return FolderCard(boot) if boot is not None else ImageCard(image or Path())
+
+
+class FolderCard:
+    """A boot partition that is mounted here."""
+
+    def __init__(self, folder: Path) -> None:
+        if not folder.is_dir():
+            raise LocalError(f"{folder} is no folder; put the card in, and name its boot partition")
+        self._folder = folder
+
+    @property
+    def where(self) -> str:
+        """The folder."""
+        return str(self._folder)
+
+    def names(self, folder: str = "") -> list[str]:
+        """The names in a folder."""
+        place = self._folder / folder
+        with disk_errors(place):
+            return sorted(p.name.lower() for p in place.iterdir()) if place.is_dir() else []
+
+    def read(self, name: str) -> bytes | None:
+        """What is in a file."""
+        path = self._folder / name
+        with disk_errors(path):
+            return path.read_bytes() if path.is_file() else None
+
+    def write(self, files: Mapping[str, bytes]) -> None:
+        """Write files."""
+        with disk_errors(self._folder):
+            room = shutil.disk_usage(self._folder).free
+        _check_room(files, room, self.where)
+        for name, data in files.items():
+            path = self._folder / name
+            with disk_errors(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                # Not write_atomic: a FAT file has no mode to set.
+                path.write_bytes(data)
+        os.sync()
+
+    def remove(self, names: Iterable[str]) -> None:
+        """Remove files and folders."""
+        for name in names:
+            path = self._folder / name
+            with disk_errors(path):
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink(missing_ok=True)
+        os.sync()
+
+
+class ImageCard:
+    """The first partition of a card's image, written in place with mtools."""
+
+    def __init__(self, image: Path) -> None:
+        if shutil.which("mcopy") is None:
+            raise LocalError(
+                "images are written with mtools, which is not here: install it "
+                "(apt-get install mtools, brew install mtools), or write the card and say --boot"
+            )
+        self._image = image
+        self._place = f"{image}@@{_boot_offset(image)}"
+
+    @property
+    def where(self) -> str:
+        """The image's file."""
+        return str(self._image)
+
+    def names(self, folder: str = "") -> list[str]:
+        """The names in a folder."""
+        done = self._run("mdir", "-b", f"::/{folder}")
+        lines = done.stdout.decode(errors="replace").splitlines() if done.returncode == 0 else []
+        return sorted(line.removesuffix("/").rsplit("/", 1)[-1].lower() for line in lines if line)
+
+    def read(self, name: str) -> bytes | None:
+        """What is in a file."""
+        folder, _, last = name.rpartition("/")
+        if last.lower() not in self.names(folder):
+            return None
+        return self._must("mcopy", "-n", f"::/{name}", "-").stdout
+
+    def write(self, files: Mapping[str, bytes]) -> None:
+        """Write files."""
+        with tempfile.TemporaryDirectory() as temporary:
+            for name, data in files.items():
+                path = Path(temporary, name)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(data)
+            # -s goes into folders; -D o overwrites what has the name and asks nothing.
+            tops = [str(Path(temporary, top)) for top in sorted({n.split("/")[0] for n in files})]
+            self._must("mcopy", "-s", "-n", "-o", "-D", "o", *tops, "::/")
+
+    def remove(self, names: Iterable[str]) -> None:
+        """Remove files and folders."""
+        for name in names:
+            folder, _, last = name.rpartition("/")
+            if last.lower() in self.names(folder):
+                self._must("mdeltree", f"::/{name}")
+
+    def _must(self, command: str, *arguments: str) -> "subprocess.CompletedProcess[bytes]":
+        done = self._run(command, *arguments)
+        if done.returncode != 0:
+            said = " ".join(done.stderr.decode(errors="replace").split())[:300]
+            raise LocalError(
+                f"{self._image}: {command} says: {said or 'nothing'}; use a fresh copy of the "
+                "image, with room on its boot partition"
+            )
+        return done
+
+    def _run(self, command: str, *arguments: str) -> "subprocess.CompletedProcess[bytes]":
+        # Images of foreign makes have geometries that mtools would refuse.
+        environment = os.environ | {"MTOOLS_SKIP_CHECK": "1", "MTOOLSRC": "/dev/null"}
+        return subprocess.run(
+            [command, "-i", self._place, *arguments], capture_output=True, check=False,
+            stdin=subprocess.DEVNULL, env=environment,
+        )  # fmt: skip
+
+
+def _boot_offset(image: Path) -> int:
+    """Where the first partition begins, in bytes: the table of the classic MBR."""
+    with disk_errors(image), image.open("rb") as file:
+        head = file.read(_SECTOR)
+        if len(head) < _SECTOR or head[510:] != b"\x55\xaa":
+            raise LocalError(f"{image} is not the image of a card: it has no partition table")
+        kind, start = head[446 + 4], struct.unpack_from("<I", head, 446 + 8)[0]
+        file.seek(start * _SECTOR)
+        boot = file.read(_SECTOR)
+    if kind not in _FAT_TYPES or boot[510:] != b"\x55\xaa":
+        raise LocalError(
+            f"{image}: its first partition is not a boot partition of a Raspberry Pi (FAT); "
+            "use an image of Raspberry Pi OS"
+        )
+    return int(start) * _SECTOR
+
+
+def _check_room(files: Mapping[str, bytes], room: int, where: str) -> None:
+    needed = sum(len(data) + 4096 for data in files.values())
+    if needed > room:
+        raise LocalError(
+            f"{where} has room for {room / 1e6:.0f} MB and this needs {needed / 1e6:.0f}; make room"
+        )
+
+
+def copy_image(source: Path, target: Path) -> None:
+    """Copy an image, unpacking .xz, and leave out what is zero. Raises LocalError."""
+    if target.exists():
+        raise LocalError(f"{target} is there already; remove it, or say another --out")
+    with disk_errors(source), source.open("rb") as raw:
+        packed = raw.read(6) == b"\xfd7zXZ\x00"
+        raw.seek(0)
+        try:
+            with disk_errors(target), target.open("xb") as out:
+                if packed:
+                    with lzma.open(raw) as unpacked:
+                        _copy(unpacked, out)
+                else:
+                    _copy(raw, out)
+        except (lzma.LZMAError, EOFError):
+            target.unlink()
+            raise LocalError(f"{source} is damaged or cut short; download it again") from None
+        except BaseException:
+            target.unlink(missing_ok=True)
+            raise
+
+
+def _copy(source: "BinaryIO | lzma.LZMAFile", out: BinaryIO) -> None:
+    while block := source.read(_BLOCK):
+        if block.strip(b"\0"):
+            out.write(block)
+        else:
+            out.seek(len(block), os.SEEK_CUR)  # a hole: an image is mostly empty
+    out.truncate()

@@ -1,0 +1,53 @@
+#!/bin/sh
+# Runs on the Pi as root, by midge-first-boot.service, until it has succeeded once:
+# installs from the boot partition, then takes every secret and itself off that partition.
+# What it says is kept in midge/log/install.txt there, for `midge flash doctor`.
+#
+# Taken off is not erased: flash memory may keep old blocks. That is why the token enrols one
+# device, once, and only for some days.
+set -u
+umask 077
+here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
+boot=$(dirname -- "$here")
+mkdir -p "$here/log"
+
+forget() { # overwrite, then remove
+    for each in "$@"; do
+        if [ -f "$each" ]; then
+            dd if=/dev/zero of="$each" bs="$(wc -c <"$each")" count=1 conv=notrunc 2>/dev/null
+            sync
+            rm -f "$each"
+        fi
+    done
+}
+
+finish() {
+    cp "$here/midge-report.service" "$here/midge-report.timer" /etc/systemd/system/
+    cp "$here/report.sh" /opt/midge/bin/midge-report
+    chmod 755 /opt/midge/bin/midge-report
+    forget "$here/device.bundle" "$here"/data/*
+    # cloud-init wrote the network down on the card's other partition; it reads this file again
+    # only for another instance-id.
+    if grep -q 'password:' "$boot/network-config" 2>/dev/null; then
+        sed 's/password: .*/password: "erased-after-the-first-boot"/' "$boot/network-config" >"$here/network-config.new"
+        forget "$boot/network-config"
+        mv -f "$here/network-config.new" "$boot/network-config"
+    fi
+    rm -rf "$here/wheels" "$here/tasks" "$here/data"
+    systemctl daemon-reload
+    systemctl --quiet disable midge-first-boot.service
+    systemctl --quiet enable --now --no-block midge-report.timer
+    rm -f "$here/first-boot.sh" /etc/systemd/system/midge-first-boot.service
+    sync
+}
+
+{
+    echo "first boot on $(date -u '+%Y-%m-%d %H:%M:%S') UTC, $(uname -sr), $(tr -d '\000' 2>/dev/null </proc/device-tree/model)"
+    if sh "$here/install.sh"; then
+        finish
+        echo "result: installed"
+    else
+        echo "result: not installed; it is tried again at the next boot"
+    fi
+} >"$here/log/install.txt" 2>&1
+sync
