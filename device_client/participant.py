@@ -114,6 +114,7 @@ class Participant:
         self._task = b""  # digest of the task at hand
         self._outbox: Init | None = None
         self._to_send: deque[int] = deque()
+        self._report: Report | None = None  # the last one, of a device that evaluates
 
     @property
     def round(self) -> int:
@@ -192,7 +193,7 @@ class Participant:
                 effects += self._leave("the round was closed")
             digest = self.memory.digest if announcement.round == self.memory.round else b""
             effects += self._remember(round=announcement.round, digest=digest, done=True)
-        return effects + self._evaluate_new(announcement)
+        return effects + (self._evaluate_new(announcement) or self._report_again(announcement))
 
     def _opened(self, announcement: Announcement, digest: bytes) -> list[Effect]:
         """A round is open that we have not begun in this life of the process."""
@@ -462,13 +463,20 @@ class Participant:
         if event.model_version != announcement.model_version:
             return []
         self.state = State.IDLE
-        report = Report(
+        self._report = Report(
             round=announcement.round,
             model_version=event.model_version,
             examples=event.examples,
             metrics=event.metrics,
         )
-        return [Send(report), *self._remember(evaluated_version=event.model_version)]
+        return [Send(self._report), *self._remember(evaluated_version=event.model_version)]
+
+    def _report_again(self, announcement: Announcement) -> list[Effect]:
+        """The server or the broker came back: our report may be lost with it."""
+        report = self._report
+        if report is None or report.model_version != announcement.model_version:
+            return []
+        return [Send(report)]
 
 
 _ASKING = frozenset({State.JOINING, State.FETCHING, State.UPLOADING})

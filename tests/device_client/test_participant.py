@@ -572,11 +572,19 @@ def test_a_device_that_evaluates_never_trains() -> None:
 
 def test_each_model_is_measured_once() -> None:
     made = evaluating(closing(1, model_version=2))
-    made.step(Evaluated(2, 30, {}))
     assert made.step(closing(1, model_version=2)) == []
+    made.step(Evaluated(2, 30, {}))
+    assert Fetch not in kinds(made.step(closing(1, model_version=2)))
     assert kinds(made.step(opening(2, model_version=2))) == [Remember]
     assert made.state is State.IDLE
     assert Fetch in kinds(made.step(closing(2, model_version=3)))
+
+
+def test_a_report_that_may_be_lost_is_made_again_when_the_server_or_the_broker_came_back() -> None:
+    made = evaluating(closing(1, model_version=2))
+    said = made.step(Evaluated(2, 30, {}))[0]
+    assert made.step(closing(1, model_version=2)) == [said]
+    assert said not in made.step(closing(2, model_version=3))
 
 
 def test_a_newer_model_ends_the_measuring_of_an_older_one() -> None:
