@@ -9,6 +9,7 @@ import click
 
 from broker_bridge.console import run_command
 from server.commands.bundle import bundle
+from server.commands.backup import backup, restore
 from server.commands.demo import demo
 from server.commands.flash import flash
 from server.commands.fleet import broker, device, init
@@ -25,7 +26,7 @@ __all__ = ["main", "midge"]
 _COMMANDS = (
     init, broker, server_command, device,
     flash, bundle, start, stop, pause, resume, status, watch,
-    model, task, demo, simulate, doctor, unit,
+    model, task, demo, simulate, doctor, unit, backup, restore,
 )  # fmt: skip
 
 

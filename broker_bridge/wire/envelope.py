@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import nacl.bindings
 import nacl.exceptions
 import nacl.public
+import nacl.pwhash
 import nacl.signing
 import nacl.utils
 
@@ -39,6 +40,7 @@ __all__ = [
     "fingerprint",
     "open_message",
     "random_bytes",
+    "passphrase_key",
     "seal_message",
     "sha256",
     "verify",
@@ -329,3 +331,17 @@ def blob_key(fleet_key: bytes, digest: bytes, body_bytes: int) -> ChunkKey:
     """
     info = digest + body_bytes.to_bytes(8, "big")
     return ChunkKey(_hkdf_expand(_hkdf_extract(b"midge v1 blob", fleet_key), info, KEY_BYTES))
+
+
+# ── A key from what a person remembers ──────────────────────────────────────────────────
+
+
+def passphrase_key(passphrase: bytes, salt: bytes, *, passes: int, memory_bytes: int) -> bytes:
+    """Return 32 bytes by Argon2id (RFC 9106, one lane), slow on purpose.
+
+    `salt`: 16 fresh random bytes for each key. The two costs are public and belong beside it;
+    whoever reads them from a file bounds them first. Raises ValueError for impossible ones.
+    """
+    return nacl.pwhash.argon2id.kdf(
+        KEY_BYTES, passphrase, salt, opslimit=passes, memlimit=memory_bytes
+    )

@@ -140,6 +140,12 @@ class FleetQueries(Queries):
         """The reply that was given to a request, if it is among the newest."""
         c = schema.requests.c
         reply: str | None = self._sql.scalar(select(c.reply).where(c.id == request_id))
+    def void_tokens(self, at: float) -> int:
+        """Take back every right to enrol that was not used; say how many there were."""
+        c = schema.tokens.c
+        query = update(schema.tokens).where(c.used_at.is_(None), c.expires_at > at)
+        return self._sql.execute(query.values(expires_at=at)).rowcount
+
         return reply
 
     def remember_reply(self, request_id: str, reply: str) -> None:

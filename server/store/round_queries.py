@@ -8,6 +8,7 @@ bug of ours (ValueError), but for the last, which a device can provoke (PeerErro
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from typing import Any
 
 from sqlalchemy import bindparam, func, insert, select, update
 
@@ -64,8 +65,8 @@ class RoundQueries(Queries):
     # ── Rounds ──────────────────────────────────────────────────────────────────────────
 
     def highest_round(self) -> int:
-        """The highest round number ever opened; 0 before the first."""
-        return int(self._sql.scalar(select(func.max(schema.rounds.c.number))) or 0)
+        """The highest round number ever opened, here or before a restore; 0 before the first."""
+        return self._at_least_floor(select(func.max(schema.rounds.c.number)), 0)
 
     def open_round(self, new: Round) -> None:
         """Open a round. Its number is above `highest_round`, and no other is open."""
@@ -208,8 +209,7 @@ class RoundQueries(Queries):
 
     def highest_model(self) -> int:
         """The highest version of any task; -1 before the first, so that versions start at 0."""
-        highest = self._sql.scalar(select(func.max(schema.models.c.version)))
-        return -1 if highest is None else int(highest)
+        return self._at_least_floor(select(func.max(schema.models.c.version)), -1)
 
     def model(self, version: int) -> Model | None:
         """The model of this version."""
@@ -236,3 +236,17 @@ class RoundQueries(Queries):
     def set_model_metrics(self, version: int, metrics_json: str) -> None:
         """Note how good a model turned out to be."""
         self._change(schema.models, {"version": version}, {"metrics_json": metrics_json})
+
+    # ── After a restore (decision 0080) ─────────────────────────────────────────────────
+
+    def set_floor(self, number: int) -> None:
+        """Rounds and models are numbered above `number` from now on. It only grows."""
+        self._put(schema.meta, {"key": _FLOOR}, {"value": str(max(number, self._floor()))})
+
+    def _floor(self) -> int:
+        query = select(schema.meta.c.value).where(schema.meta.c.key == _FLOOR)
+        return int(self._sql.scalar(query) or 0)
+
+    def _at_least_floor(self, highest: Select[Any], before: int) -> int:
+        found = self._sql.scalar(highest)
+        return max(before if found is None else int(found), self._floor() or before)
