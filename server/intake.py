@@ -84,6 +84,10 @@ class Intake:
             for attempt in range(ATTEMPTS_MAX)
         )
 
+    def has_upload_of(self, device: str) -> bool:
+        """Whether this device has an update here, begun or accepted."""
+        return any(each.device == device for each in self.uploads.values())
+
     # ── chunks ──────────────────────────────────────────────────────────────────────────
 
     def begin(self, device: rows.Device, init: Init) -> tuple[int, ...]:

@@ -46,7 +46,7 @@ class Restored:
 
     run: Run
     opened: Opened | None
-    signed: bytes  # the open round's announcement, as it was first published
+    signed: bytes  # the open round's announcement, by the server's present key
     uploads: list[Upload]
     elapsed_s: float
     paused: bool
@@ -85,6 +85,7 @@ class Ledger:
             home.state / "spool", shared_bytes_max=_SHARED_BYTES_MAX, disk=disk, random=random
         )
         self._open: Intake | None = None
+        self._fleet_key: bytes | None = None  # under which the open round's blobs are sealed
         self._untidy = False  # whether a full disk kept what a round left behind
 
     @property
@@ -106,6 +107,21 @@ class Ledger:
     def model_version(self) -> int:
         """The present model's version; 0: none."""
         return self._line.version
+
+    # ── keys ────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def fleet_key(self) -> bytes:
+        """What task and model are sealed under: an open round keeps the key it began with."""
+        return self._fleet_key or self.keys.fleet_key
+
+    def take_keys(self, keys: ServerKeys) -> None:
+        """Go on with keys that a command changed."""
+        self.keys = self.announcer.keys = keys
+
+    def has_upload_of(self, device: str) -> bool:
+        """Whether an update of the open round was sealed by this device's present keys."""
+        return self._open is not None and self._open.has_upload_of(device)
 
     # ── runs ────────────────────────────────────────────────────────────────────────────
 
@@ -174,10 +190,12 @@ class Ledger:
                     run_id=effect.run.id,
                     announcement=signed,
                     round_key=key,
+                    fleet_key=self.keys.fleet_key,
                     model_before=self.model_version,
                     opened_at=self._clock(),
                 )
             )
+        self._fleet_key = self.keys.fleet_key
         return self._begin(announcement, signed, key), signed
 
     def _begin(self, announcement: Announcement, signed: bytes, key: bytes) -> Opened:
@@ -280,7 +298,7 @@ class Ledger:
 
     def _forget_round(self) -> None:
         """The round is over: its key and its updates go, from the log of the database too."""
-        self._open = None
+        self._open = self._fleet_key = None
         try:
             self._tidy()
         except DiskFullError as error:
@@ -341,12 +359,14 @@ class Ledger:
             return Restored(found, None, b"", [], 0.0, paused, self._last(run.id))
         payload = self.announcer.payload(this.announcement)
         announcement: Announcement = messages.decode(payload, Announcement)
-        opened = self._begin(announcement, this.announcement, this.round_key)
+        signed = self.announcer.again(this.announcement)  # the server's key may be a new one
+        self._fleet_key = this.fleet_key
+        opened = self._begin(announcement, signed, this.round_key)
         assert self._open is not None  # noqa: S101 - it was just taken up
         uploads = self._open.take_up(receipts)
         elapsed = max(0.0, self._clock() - this.opened_at)
         paused = run.status == "paused"
-        return Restored(found, opened, this.announcement, uploads, elapsed, paused)
+        return Restored(found, opened, signed, uploads, elapsed, paused)
 
     def _last(self, run_id: int) -> RoundSummary | None:
         """The run's newest round and how its model did, unless that round made no model."""

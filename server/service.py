@@ -39,6 +39,8 @@ from server import events as ev
 from server.coordinator import Coordinator
 from server.evaluation import Evaluator
 from server.fleet.enrolment import Registrar
+from server.fleet.keys import ServerKeys
+from server.fleet.renewal import Renewals
 from server.ledger import Ledger
 from server.quotas import Quotas
 from server.store import rows
@@ -55,6 +57,8 @@ _DEVICES_KNOWN_MAX = 20_000
 _REPEAT_BLOB_S = 5.0  # a blob that many devices miss is retained again once, not for each
 _REJECTS_KINDS_MAX = 200
 _ROOM_S = 1.0  # how often to look whether the disk has room
+_KEYS_S = 1.0  # how often to look whether a command changed the keys
+_SWEEP_S = 3600.0  # how often to look for members that should renew
 _WRITES = (
     ev.OpenRound, ev.CloseRound, ev.AbandonRound, ev.Publish, ev.MarkPaused, ev.EndRun, ev.Refuse,
 )  # fmt: skip
@@ -81,6 +85,8 @@ class Service:
         self._ledger = ledger
         self._coordinator = coordinator
         self._registrar = registrar
+        self._renewals = Renewals(registrar)
+        self._keys_at_s = self._sweep_at_s = clock()
         self._evaluation_npz = evaluation_npz
         self._quotas = quotas or Quotas()
         self._shard = shard
@@ -97,6 +103,7 @@ class Service:
         self._announced: bytes | None = None  # signed, of the round that is open or was last
         self._summed_up: bytes | None = None  # what `metrics` says
         self._laid_out = False
+        self._sealed_under: dict[str, bytes] = {}  # the fleet key, by kind of blob
         self._trouble = ""  # with the disk
         self._look_again_s = 0.0
         self._postponed: list[ev.Effect] = []  # what is to be written down once there is room
@@ -123,6 +130,7 @@ class Service:
     def turn(self, event: LinkEvent | None) -> None:
         """One turn: what came over the link, what was measured, and the time."""
         self._look_for_room()
+        self._look_at_keys()
         if not self._postponed:
             self._handle([ev.Tick(self._clock())])
         waiting = event
@@ -225,6 +233,49 @@ class Service:
             self._trouble = ""
             self._coordinator.step(ev.Room())
 
+    # ── keys ────────────────────────────────────────────────────────────────────────────────
+
+    def _look_at_keys(self) -> None:
+        """Whether a command changed them; and now and then, who should renew his."""
+        now_s = self._clock()
+        if now_s >= self._keys_at_s:
+            self._keys_at_s = now_s + _KEYS_S
+            keys = self._registrar.home.keys()
+            if keys != self._ledger.keys:
+                self._take_keys(keys)
+        if now_s >= self._sweep_at_s:
+            self._sweep_at_s = now_s + _SWEEP_S
+            self._ask_to_renew()
+
+    def _take_keys(self, keys: ServerKeys) -> None:
+        """Go on with other keys. An open round goes on under the fleet key it began with."""
+        log.info("new keys: identity %d, fleet key %d", keys.said.sequence, keys.fleet_epoch)
+        self._ledger.take_keys(keys)
+        self._sign = keys.sign
+        self._publish(self._topics.identity, keys.identity, retain=True)
+        self._reseal()
+        if self._announced is not None:
+            self._announce(self._ledger.announcer.again(self._announced))
+
+    def _reseal(self) -> None:
+        """Lay out again what is sealed under another fleet key than the present one."""
+        for kind, key in list(self._sealed_under.items()):
+            if key != self._ledger.fleet_key:
+                self._retain("task" if kind == "task" else "model")
+
+    def _ask_to_renew(self) -> None:
+        """Ask whoever is here and should."""
+        online = {*self._coordinator.online(), *self._coordinator.online("evaluate")}
+        for device in self._renewals.due():
+            if device.name in online:
+                self._request_renewal(device)
+
+    def _request_renewal(self, device: rows.Device) -> None:
+        online = len(self._coordinator.online())
+        asked = self._renewals.request(device, now_s=self._clock(), online=online)
+        if asked is not None:
+            self._publish(self._topics.down(device.name, "cfg"), asked)
+
     # ── what a message says ─────────────────────────────────────────────────────────────
 
     def _understand(self, message: Message) -> list[ev.Event]:
@@ -249,9 +300,20 @@ class Service:
                 self._publish(self._topics.down(device, "cfg"), answer)
                 log.info("enrolment of %s answered", device)
                 return []
+            case UpTopic(device=device, kind="renew"):
+                self._renew(device, message.payload)
+                return []
             case UpTopic(device=device, kind=kind):
                 return self._signed(device, kind, message.payload)
         return []
+
+    def _renew(self, device: str, payload: bytes) -> None:
+        self._accept()  # what is complete is summed under the keys that sealed it
+        has_upload = self._ledger.has_upload_of(device)
+        answer = self._renewals.answer(device, payload, has_upload=has_upload)
+        self._known.pop(device, None)
+        self._publish(self._topics.down(device, "cfg"), answer)
+        log.debug("renewal of %s answered", device)
 
     def _chunk(self, device: str, chunk: bytes) -> list[ev.Event]:
         try:
@@ -300,7 +362,9 @@ class Service:
         if not payload:
             return []
         presence = messages.decode_json(payload, Presence)
-        self._device(device)
+        row = self._device(device)
+        if presence.state not in ("lost", "sleeping"):
+            self._request_renewal(row)
         return [ev.Seen(device, presence)]
 
     def _command(self, message: Message) -> list[ev.Event]:
@@ -346,7 +410,9 @@ class Service:
             case ev.CloseRound(summary):
                 return self._close_round(summary)
             case ev.AbandonRound(summary):
-                self._announce(self._ledger.abandon_round(summary))
+                signed = self._ledger.abandon_round(summary)
+                self._reseal()
+                self._announce(signed)
             case ev.Evaluate(version):
                 self._evaluate(version)
             case ev.Publish(summary):
@@ -405,6 +471,7 @@ class Service:
     def _close_round(self, summary: RoundSummary) -> list[ev.Event]:
         version, signed = self._ledger.close_round(summary)
         self._retain("model")
+        self._reseal()
         self._announce(signed)
         return [ev.Tick(self._clock()), ev.Closed(version, self._evaluator is not None)]
 
@@ -456,6 +523,7 @@ class Service:
         still waits for: by then task and model are there, and so are our subscriptions.
         """
         self._show_presence("online")  # our last will may have said otherwise
+        self._publish(self._topics.identity, self._ledger.keys.identity, retain=True)
         if blobs_too:
             self._laid_out = True
             self._retain("task")
@@ -477,7 +545,8 @@ class Service:
         content = task.plan_bytes if kind == "task" else self._ledger.model_bytes
         blob = self._blob(kind)
         topic = self._topics.task if kind == "task" else self._topics.model
-        chunks = blobs.seal_blob(content, blob, fleet_key=self._ledger.keys.fleet_key)
+        self._sealed_under[kind] = key = self._ledger.fleet_key
+        chunks = blobs.seal_blob(content, blob, fleet_key=key)
         count = 0
         for count, chunk in enumerate(chunks, start=1):
             self._publish(topic(count - 1), chunk, retain=True)

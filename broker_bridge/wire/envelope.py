@@ -29,6 +29,7 @@ from broker_bridge.errors import PeerError
 __all__ = [
     "AEAD_TAG_BYTES",
     "KEY_BYTES",
+    "SIGNATURE_BYTES",
     "ChunkKey",
     "Exchange",
     "KemKey",
@@ -49,7 +50,7 @@ __all__ = [
 KEY_BYTES = 32
 AEAD_TAG_BYTES = nacl.bindings.crypto_aead_xchacha20poly1305_ietf_ABYTES
 _NONCE_BYTES = nacl.bindings.crypto_aead_xchacha20poly1305_ietf_NPUBBYTES
-_SIGNATURE_BYTES = 64
+SIGNATURE_BYTES = 64
 
 random_bytes = nacl.utils.random
 
@@ -111,9 +112,9 @@ class SignKey:
 
 def verify(public: bytes, kind: str, signed: bytes) -> bytes:
     """Return the payload of what `SignKey.sign` made. Raises PeerError `bad_signature`."""
-    if len(signed) < _SIGNATURE_BYTES:
+    if len(signed) < SIGNATURE_BYTES:
         raise PeerError("bad_signature", f"a {kind} message is cut short")
-    signature, payload = signed[:_SIGNATURE_BYTES], signed[_SIGNATURE_BYTES:]
+    signature, payload = signed[:SIGNATURE_BYTES], signed[SIGNATURE_BYTES:]
     try:
         nacl.signing.VerifyKey(public).verify(_domain(kind) + payload, signature)
     except (nacl.exceptions.CryptoError, RuntimeError, ValueError):

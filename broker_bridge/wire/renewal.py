@@ -10,13 +10,12 @@ in `enrolment`, bound to the nonce of the `Renew` that it answers.
 """
 
 from broker_bridge.errors import PeerError
-from broker_bridge.wire.envelope import SignKey, verify
+from broker_bridge.wire.envelope import SIGNATURE_BYTES, SignKey, verify
 from broker_bridge.wire.messages import RenewKeys
 
 __all__ = ["NONCE_BYTES", "accept_keys", "offer_keys"]
 
 NONCE_BYTES = 16
-_SIGNATURE_BYTES = 64
 
 
 def offer_keys(scope: str, *, sign: SignKey, kem_public: bytes, tls: SignKey) -> RenewKeys:
@@ -26,8 +25,8 @@ def offer_keys(scope: str, *, sign: SignKey, kem_public: bytes, tls: SignKey) ->
         sign_public=sign.public,
         kem_public=kem_public,
         tls_public=tls.public,
-        sign_proof=sign.sign(f"renew-sign {scope}", said)[:_SIGNATURE_BYTES],
-        tls_proof=tls.sign(f"renew-tls {scope}", said)[:_SIGNATURE_BYTES],
+        sign_proof=sign.sign(f"renew-sign {scope}", said)[:SIGNATURE_BYTES],
+        tls_proof=tls.sign(f"renew-tls {scope}", said)[:SIGNATURE_BYTES],
     )
 
 

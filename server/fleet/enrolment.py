@@ -18,7 +18,12 @@ from broker_bridge.wire.envelope import KEY_BYTES, KemKey, fingerprint, random_b
 from broker_bridge.wire.messages import Configured, Enrol, EnrolSecret, Refused, Welcome
 from broker_bridge.wire.topics import RESERVED
 from server.config import Broker
-from server.fleet.authority import CLIENT_DAYS, check_device_name, read_certificate
+from server.fleet.authority import (
+    CLIENT_DAYS,
+    CertificateFacts,
+    check_device_name,
+    read_certificate,
+)
 from server.fleet.home import Home
 from server.store.database import Database
 from server.store.rows import Certificate, Device, Token
@@ -27,6 +32,8 @@ __all__ = ["Registrar", "add_device", "check_name"]
 
 TOKEN_HOURS = 24
 HOURS_MAX = 24 * 365
+_BEHIND_DAYS = 365  # a clock that was wrong by more, when the CA was made or is now
+RENEW_DAYS = 60  # before its end a certificate is renewed; earlier if it lives but briefly
 _GONE = ("revoked", "removed")
 
 
@@ -171,10 +178,10 @@ class Registrar:
                 )
             else:
                 new = present
-        self._check_status(new)
+        self.check_status(new)
         return self._welcome(contact, new)
 
-    def _check_status(self, device: Device) -> None:
+    def check_status(self, device: Device) -> None:
         """Raise PeerError for those who must not get the fleet key."""
         if device.status == "waiting":
             shown = fingerprint(device.sign_public)
@@ -190,10 +197,12 @@ class Registrar:
 
     def _welcome(self, contact: Contact, device: Device) -> Welcome:
         keys = self.home.keys()
-        moment = datetime.fromtimestamp(self.clock(), UTC)
+        pem, until = self.certificate_for(device)
         configured = Configured(
             device=device.name,
-            certificate_pem=self._certificate(device, moment),
+            certificate_pem=pem,
+            certified_until=until,
+            issued_at=self.clock(),
             fleet_epoch=keys.fleet_epoch,
             fleet_key=keys.fleet_key,
         )
@@ -205,19 +214,38 @@ class Registrar:
             ephemeral=KemKey.from_seed(self.random(KEY_BYTES)),
         )
 
-    def _certificate(self, device: Device, now: datetime) -> str:
-        """The device's certificate: the one that it has, while that lasts, or a new one."""
+    def certificate_for(self, device: Device) -> tuple[str, int]:
+        """The device's certificate and when it ends: the one that it has, or a new one if that
+        ends soon. Raises PeerError while this machine's clock cannot be right.
+        """
+        now = datetime.fromtimestamp(self.clock(), UTC)
+        authority = self.home.authority()
+        _check_clock(now, read_certificate(authority.certificate))
         with self.db.reading() as tx:
             known = tx.certificates(device.name)
-        lasting = (now + timedelta(days=CLIENT_DAYS // 2)).timestamp()
-        for each in known:
-            if each.tls_public == device.tls_public and each.until > lasting:
-                return each.pem
-        pem = self.home.authority().issue_for_public_key(device.tls_public, device.name, now=now)
+        for each in reversed(known):
+            if each.tls_public == device.tls_public and not ends_soon(each.until, now.timestamp()):
+                return each.pem, int(each.until)
+        pem = authority.issue_for_public_key(device.tls_public, device.name, now=now)
         new = replace(_noted(device.name, pem), tls_public=device.tls_public, pem=pem.decode())
         with self.db.transaction() as tx:  # before it is handed out: only then can it be revoked
             tx.add_certificate(new)
-        return new.pem
+        return new.pem, int(new.until)
+
+
+def ends_soon(until: float, now: float) -> bool:
+    """Whether a client's certificate that ends at `until` should be renewed."""
+    return until - now < min(RENEW_DAYS, CLIENT_DAYS / 4) * 86_400
+
+
+def _check_clock(now: datetime, ca: CertificateFacts) -> None:
+    """A certificate with dates that cannot be right would lock its device out."""
+    if not ca.valid_from - timedelta(days=_BEHIND_DAYS) <= now < ca.expires:
+        raise PeerError(
+            "wrong_clock",
+            f"the server's clock says {now:%Y-%m-%d}, and its CA is valid from "
+            f"{ca.valid_from:%Y-%m-%d} to {ca.expires:%Y-%m-%d}; set that clock",
+        )
 
 
 def _revoked(name: str) -> PeerError:

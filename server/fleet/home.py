@@ -14,69 +14,27 @@
 Every secret is in a file that its owner alone can read.
 """
 
+import contextlib
+import fcntl
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated
 
 import msgspec
-from msgspec import Meta
 
 from broker_bridge.config import load_config
-from broker_bridge.disk import disk_errors, write_atomic
+from broker_bridge.disk import REAL_DISK, Disk, disk_errors, write_atomic
 from broker_bridge.errors import LocalError
 from broker_bridge.link.tls import TlsFiles
-from broker_bridge.wire.enrolment import sign_server_identity
-from broker_bridge.wire.envelope import KEY_BYTES, KemKey, SignKey, random_bytes
-from broker_bridge.wire.messages import ServerIdentity
+from broker_bridge.wire.envelope import random_bytes
 from broker_bridge.wire.topics import is_name
 from server.config import EXAMPLE, ServerConfig
 from server.fleet.authority import Authority, Issued, write_private, write_public
+from server.fleet.keys import ServerKeys, new_keys
 from server.fleet.roster import Roster, read_roster, write_roster
 
 __all__ = ["Home", "ServerKeys", "create"]
-
-Key = Annotated[bytes, Meta(min_length=KEY_BYTES, max_length=KEY_BYTES)]
-
-
-class RootKey(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The federation's root of trust."""
-
-    warning: str = "Keep this file off line. Who has it can replace the server's identity."
-    federation: str
-    seed: bytes
-
-    def __repr__(self) -> str:
-        return f"RootKey({self.federation})"
-
-
-class ServerKeys(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The server's secrets. `repr` shows none."""
-
-    federation: str
-    sign_seed: Key
-    kem_seed: Key
-    root_public: Key
-    identity: bytes  # the signed ServerIdentity
-    fleet_epoch: int
-    fleet_key: Key
-
-    def __post_init__(self) -> None:
-        if not is_name(self.federation):
-            raise ValueError("the federation's name must be a level of a topic")
-
-    def __repr__(self) -> str:
-        return f"ServerKeys({self.federation})"
-
-    @property
-    def sign(self) -> SignKey:
-        """Signs announcements, answers and receipts."""
-        return SignKey.from_seed(self.sign_seed)
-
-    @property
-    def kem(self) -> KemKey:
-        """Receives enrolments."""
-        return KemKey.from_seed(self.kem_seed)
 
 
 @dataclass(frozen=True)
@@ -102,14 +60,31 @@ class Home:
         """The server's keys. Raises LocalError."""
         return _read(self.folder / "keys" / "server.json", ServerKeys)
 
-    def next_epoch(self) -> ServerKeys:
-        """Make a new fleet key, for all who are not shut out, and return the keys with it."""
-        keys = self.keys()
-        new = msgspec.structs.replace(
-            keys, fleet_epoch=keys.fleet_epoch + 1, fleet_key=random_bytes(KEY_BYTES)
-        )
-        write_atomic(self.folder / "keys" / "server.json", msgspec.json.encode(new))
+    def next_epoch(self, *, disk: Disk = REAL_DISK) -> ServerKeys:
+        """Make a new fleet key, for all who are not shut out, and return the keys with it.
+
+        What was sealed under the old one stays so: an open round keeps a copy of its key.
+        """
+        now = _now().timestamp()
+        return self.change_keys(lambda k: k.with_next_fleet_key(random_bytes, now=now), disk=disk)
+
+    def change_keys(
+        self, change: Callable[[ServerKeys], ServerKeys], *, disk: Disk = REAL_DISK
+    ) -> ServerKeys:
+        """Replace the server's keys by what `change` makes of them, whole or not at all."""
+        with self._alone_with_keys():
+            new = change(self.keys())
+            data = msgspec.json.encode(new)
+            write_atomic(self.folder / "keys" / "server.json", data, disk=disk)
         return new
+
+    @contextlib.contextmanager
+    def _alone_with_keys(self) -> Iterator[None]:
+        """Two commands at once must not lose one another's keys."""
+        path = self.folder / "keys" / "lock"
+        with disk_errors(path), path.open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
 
     def roster(self) -> Roster:
         """Who was revoked. Raises LocalError."""
@@ -182,30 +157,17 @@ def create(folder: Path, *, federation: str, hosts: list[str], port: int) -> Hom
 
 
 def _make_keys(folder: Path, federation: str) -> None:
-    root = RootKey(federation=federation, seed=random_bytes(KEY_BYTES))
-    root_key = SignKey.from_seed(root.seed)
-    sign, kem = random_bytes(KEY_BYTES), random_bytes(KEY_BYTES)
-    identity = ServerIdentity(
-        federation=federation,
-        sign_public=SignKey.from_seed(sign).public,
-        kem_public=KemKey.from_seed(kem).public,
-        issued_at=datetime.now(UTC).timestamp(),
-    )
-    keys = ServerKeys(
-        federation=federation,
-        sign_seed=sign,
-        kem_seed=kem,
-        root_public=root_key.public,
-        identity=sign_server_identity(root_key, identity),
-        fleet_epoch=1,
-        fleet_key=random_bytes(KEY_BYTES),
-    )
+    root, keys = new_keys(federation, random_bytes, now=_now().timestamp())
     write_atomic(folder / "offline" / "root.json", msgspec.json.encode(root))
     write_atomic(folder / "keys" / "server.json", msgspec.json.encode(keys))
 
 
+def _now() -> datetime:
+    return datetime.now(UTC)
+
+
 def _make_certificates(folder: Path, federation: str, hosts: list[str]) -> None:
-    now = datetime.now(UTC)
+    now = _now()
     ca = Authority.create(f"midge {federation}", now=now)
     write_public(folder / "ca" / "ca.pem", ca.certificate)
     write_private(folder / "ca" / "ca-key.pem", ca.key)

@@ -110,6 +110,7 @@ class RoundQueries(Queries):
         values = {
             "status": status,
             "round_key": None,
+            "fleet_key": None,
             "model_after": model_after,
             "closed_at": closed_at,
             "summary_json": summary_json,

@@ -110,6 +110,7 @@ class Round:
     status: RoundStatus = "open"
     announcement: bytes
     round_key: bytes | None = field(repr=False)
+    fleet_key: bytes | None = field(default=None, repr=False)  # of its epoch; None: the present
     model_before: int
     model_after: int | None = None
     opened_at: float

@@ -112,6 +112,7 @@ rounds = Table(
     Column("status", String(16), nullable=False),
     Column("announcement", LargeBinary, nullable=False),
     Column("round_key", LargeBinary),
+    Column("fleet_key", LargeBinary),
     Column("model_before", BigInteger, nullable=False),
     Column("model_after", BigInteger),
     Column("opened_at", Double, nullable=False),

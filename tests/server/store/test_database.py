@@ -146,21 +146,28 @@ def test_sqlite_is_set_to_survive_a_power_cut(db: Database) -> None:
     }
 
 
+@pytest.mark.parametrize("abandoned", [False, True], ids=["closed", "abandoned"])
 @pytest.mark.parametrize("summary_chars", [2, 1500, 20_000])
-def test_a_round_key_is_nowhere_in_the_files_after_the_close(
-    path: Path, db: Database, summary_chars: int
+def test_the_keys_of_a_round_are_nowhere_in_the_files_after_its_end(
+    path: Path, db: Database, summary_chars: int, abandoned: bool
 ) -> None:
     """Also when the row has grown and moved, and its old place is only free space."""
-    key = bytes(range(100, 132))
+    keys = bytes(range(100, 132)), bytes(range(140, 172))
     with db.transaction() as tx:
         tx.add_run(RUN)
-        tx.open_round(replace(ROUND, round_key=key))
-    assert any(key in p.read_bytes() for p in path.parent.iterdir())
+        tx.open_round(replace(ROUND, round_key=keys[0], fleet_key=keys[1]))
+    for key in keys:
+        assert any(key in p.read_bytes() for p in path.parent.iterdir())
     db.checkpoint()
+    summary = "x" * summary_chars
     with db.transaction() as tx:
-        tx.close_round(1, model_after=1, closed_at=9.0, summary_json="x" * summary_chars)
+        if abandoned:
+            tx.abandon_round(1, closed_at=9.0, summary_json=summary)
+        else:
+            tx.close_round(1, model_after=1, closed_at=9.0, summary_json=summary)
     db.checkpoint()
-    assert not any(key in p.read_bytes() for p in path.parent.iterdir())
+    for key in keys:
+        assert not any(key in p.read_bytes() for p in path.parent.iterdir())
 
 
 def test_a_newer_schema_is_refused_in_one_sentence(path: Path) -> None:
@@ -343,6 +350,17 @@ def test_whether_a_person_must_accept_is_kept_with_the_token(tx: Transaction) ->
     assert tx.token("pi-9") == token
 
 
+def test_the_tokens_that_nobody_used_are_listed(tx: Transaction) -> None:
+    tokens = [
+        Token(device=name, secret=SECRET, created_at=1.0, expires_at=100.0)
+        for name in ("pi-9", "pi-8", "pi-7")
+    ]
+    for each in tokens:
+        tx.put_token(each)
+    tx.use_token("pi-8", 5.0)
+    assert tx.unused_tokens() == [tokens[2], tokens[0]]
+
+
 def test_a_token_that_was_taken_back_is_gone(tx: Transaction) -> None:
     tx.put_token(Token(device="pi-9", secret=SECRET, created_at=1.0, expires_at=100.0))
     tx.drop_token("pi-9")
@@ -457,7 +475,7 @@ def test_the_database_itself_refuses_a_second_open_round(path: Path, db: Databas
     raw = sqlite3.connect(path)
     with pytest.raises(sqlite3.IntegrityError):
         raw.execute(
-            "INSERT INTO rounds SELECT 2, run_id, status, announcement, round_key,"
+            "INSERT INTO rounds SELECT 2, run_id, status, announcement, round_key, fleet_key,"
             " model_before, model_after, opened_at, closed_at, summary_json FROM rounds"
         )
     raw.close()
@@ -500,6 +518,12 @@ def test_the_database_itself_refuses_to_count_a_device_twice(path: Path, db: Dat
     with pytest.raises(sqlite3.IntegrityError):
         raw.execute("UPDATE receipts SET status='accepted'")
     raw.close()
+
+
+def test_the_rounds_of_each_device_are_counted(tx: Transaction) -> None:
+    tx.add_receipt(replace(RECEIPT, status="accepted"))
+    tx.add_receipt(replace(RECEIPT, upload=b"upload-2", device="pi-2"))
+    assert tx.rounds_by_device() == {"pi-1": 1}
 
 
 def test_what_a_device_has_in_a_round_can_be_withdrawn(tx: Transaction) -> None:
