@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from sqlalchemy import bindparam, func, insert, select, update
+from sqlalchemy import Select, bindparam, func, insert, select, update
 
 from broker_bridge.errors import PeerError
 from server.store import schema
@@ -18,6 +18,8 @@ from server.store.queries import Queries
 from server.store.rows import Model, Receipt, ReceiptStatus, Round, RoundStatus, Run, RunStatus
 
 __all__ = ["RoundQueries"]
+
+_FLOOR = "numbers_above"
 
 
 class RoundQueries(Queries):
