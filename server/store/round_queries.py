@@ -169,6 +169,11 @@ class RoundQueries(Queries):
         """How many uploads of a round have which status."""
         return self._counts(schema.receipts.c.status, schema.receipts.c.round == number)
 
+    def rounds_by_device(self) -> dict[str, int]:
+        """In how many rounds each device had an update accepted; those with none are left out."""
+        c = schema.receipts.c
+        return self._counts(c.device, c.status == "accepted")
+
     def settle(self, upload: bytes, status: ReceiptStatus, *, at: float, reason: str = "") -> None:
         """Give the final answer on an upload that is `going`.
 
