@@ -1,7 +1,8 @@
-"""Where a device's samples come from: an .npz file, a folder of CSV files, or a function.
+"""Where a device's samples come from: a file, a folder of CSV files, a store, or a function.
 
     npz:/var/lib/sensor/samples.npz     arrays named as the task's inputs (or x), y, sample_weight
     csv:/var/lib/sensor/recordings      files with a header line; the last column is the label
+    store:/var/lib/sensor/samples.db    what a sensor records (device_client/sample_store.py)
     my_package.sensor:samples           a function of yours; ?room=3 passes arguments
     /home/pi/sensor.py:samples?room=3   the same from a file
 
@@ -27,6 +28,7 @@ from numpy.typing import NDArray
 from broker_bridge.errors import LocalError, MidgeError
 from broker_bridge.task.samples import Samples, check_samples, from_arrays, preprocess, read_npz
 from broker_bridge.task.taskfile import Task, Window, decode_task
+from device_client.sample_store import read_store
 
 __all__ = ["load_samples"]
 
@@ -41,13 +43,15 @@ def load_samples(spec: str, task: Task) -> Samples:
     kind, _, rest = spec.partition(":")
     if not rest:
         raise LocalError(
-            f"the data source {spec!r} is not understood: write npz:FILE, csv:FOLDER or "
-            "module:function"
+            f"the data source {spec!r} is not understood: write npz:FILE, csv:FOLDER, "
+            "store:FILE or module:function"
         )
     if kind == "npz":
         return read_npz(rest, task)
     if kind == "csv":
         return _read_csv_folder(Path(rest), task)
+    if kind == "store":
+        return read_store(Path(rest), task)
     return _call(spec, task)
 
 
@@ -117,7 +121,9 @@ def _as_samples(result: Any, task: Task) -> Samples:
         x, y, *weights = result
         inputs = x if isinstance(x, tuple | list) else (x,)
         samples = Samples(
-            tuple(np.asarray(a) for a in inputs), np.asarray(y), *map(np.asarray, weights)
+            tuple(np.asarray(a) for a in inputs),
+            np.asarray(y),
+            np.asarray(weights[0]) if weights else None,
         )
         return check_samples(task, samples)
     raise LocalError(

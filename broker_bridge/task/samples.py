@@ -9,7 +9,7 @@ into NaN without an error. It cannot promise that the labels are right.
 import math
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -19,18 +19,22 @@ from broker_bridge.errors import LocalError
 from broker_bridge.task.taskfile import Standardise, Task, Window
 from broker_bridge.wire.weights import TensorSpec
 
-__all__ = ["Samples", "check_samples", "from_arrays", "preprocess", "read_npz"]
+__all__ = ["Samples", "check_samples", "from_arrays", "preprocess", "read_npz", "standardise"]
 
 Array = NDArray[Any]
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Inputs, labels and, if they do not count alike, weights. The first axis is the samples."""
+    """Inputs, labels and, if they do not count alike, weights. The first axis is the samples.
+
+    Inputs that lie on a disk need no more than a length, a shape, a dtype and `rows[indices]`.
+    """
 
     inputs: tuple[Array, ...]
     labels: Array
     weights: Array | None = None
+    checked_for: Task | None = field(default=None, repr=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -39,8 +43,11 @@ class Samples:
 def check_samples(task: Task, samples: Samples) -> Samples:
     """Return `samples` in the exact shapes and dtypes of `task`.
 
-    Raises LocalError with one sentence that names the tensor, and the row where there is one.
+    What was checked for this task already is returned as it is. Raises LocalError with one
+    sentence that names the tensor, and the row where there is one.
     """
+    if samples.checked_for == task:
+        return samples
     if len(samples.inputs) != len(task.inputs):
         raise LocalError(
             f"the task {task.name!r} takes {len(task.inputs)} input(s) "
@@ -81,7 +88,7 @@ def check_samples(task: Task, samples: Samples) -> Samples:
             "the labels (y)",
             f"is outside {low:g} … {high:g}, the range of the task {task.name!r}",
         )
-    return Samples(inputs, labels, weights)
+    return Samples(inputs, labels, weights, checked_for=task)
 
 
 def preprocess(task: Task, recording: Array) -> Array:
@@ -94,6 +101,18 @@ def preprocess(task: Task, recording: Array) -> Array:
         if isinstance(step, Window):
             values = _windows(values, step)
         elif isinstance(step, Standardise):
+            values = _standardised(values, step, task)
+    return values
+
+
+def standardise(task: Task, windows: Array) -> Array:
+    """Return windows [rows, …, channels] standardised as the task's steps say; the rest is done.
+
+    Raises LocalError when they do not have the channels that a step was made for.
+    """
+    values = windows
+    for step in task.preprocessing:
+        if isinstance(step, Standardise):
             values = _standardised(values, step, task)
     return values
 
