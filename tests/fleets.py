@@ -469,10 +469,10 @@ class Fleet:
         self.start_server()
         return self
 
-    def start_server(self) -> Program:
+    def start_server(self, *options: str) -> Program:
         log = self.folder / "server.log"
         seen = log.read_text().count("the server is online") if log.exists() else 0
-        self.server = self._run(log, *MIDGE, "server", "--dir", str(self.home.folder))
+        self.server = self._run(log, *MIDGE, "server", "--dir", str(self.home.folder), *options)
         server = self.server
         wait_until(
             lambda: server.log.count("the server is online") > seen or not server.is_running,

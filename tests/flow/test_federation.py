@@ -117,7 +117,7 @@ def test_a_devices_outbox_is_empty_after_its_receipt(done):
 # ── What nobody else learns ─────────────────────────────────────────────────────────────
 
 
-def plaintexts(fleet) -> dict[str, bytes]:
+def plaintexts(fleet, others=("eve",)) -> dict[str, bytes]:
     """Everything that is to stay between server and devices, or on a device."""
     plan, model = decode_task(TASK.read_bytes())
     found = {f"model {name}": data for name, data in fleet.model_files().items()}
@@ -125,7 +125,7 @@ def plaintexts(fleet) -> dict[str, bytes]:
     for name in TRAINERS:
         delta = trained_by(fleet, name, model, 1)
         found[f"the update of {name}"] = weights.encode(delta)
-    for name in (*TRAINERS, "eve"):
+    for name in (*TRAINERS, *others):
         with np.load(fleet.folder / f"{name}.npz") as file:
             found[f"the samples of {name}"] = file["x"].tobytes()
     return found
