@@ -8,11 +8,13 @@ from importlib.metadata import version
 import click
 
 from broker_bridge.console import run_command
-from server.commands.bundle import bundle
 from server.commands.backup import backup, restore
+from server.commands.broker import broker
+from server.commands.bundle import bundle
 from server.commands.demo import demo
+from server.commands.devices import device
 from server.commands.flash import flash
-from server.commands.fleet import broker, device, init
+from server.commands.fleet import init
 from server.commands.models import model
 from server.commands.rounds import pause, resume, start, status, stop, watch
 from server.commands.serving import server_command

@@ -12,6 +12,7 @@ __all__ = [
     "BROKER_FILE",
     "BROKER_KEY_FILE",
     "CA_FILE",
+    "REVOKED_FILE",
     "render_config",
     "render_iotcore",
 ]
@@ -20,6 +21,7 @@ CA_FILE = "ca.pem"
 BROKER_FILE = "broker.pem"
 BROKER_KEY_FILE = "broker-key.pem"
 ACL_FILE = "mosquitto.acl"
+REVOKED_FILE = "revoked.pem"
 
 # The folders that mosquitto.conf names. Both become one folder of ours.
 _SHIPPED_FOLDERS = ("/etc/mosquitto/midge/", "/var/lib/mosquitto/")

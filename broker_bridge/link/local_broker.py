@@ -5,7 +5,8 @@ Promises: mosquitto with the shipped mosquitto.conf and mosquitto.acl, listening
 every reason why it is not becomes one sentence. Where no mosquitto can be had, the
 pip package `iotcore`, and one line (`lacks`) that says what is missing then.
 
-Does not make certificates: `folder` must hold ca.pem, broker.pem and broker-key.pem.
+Does not make certificates: `folder` must hold ca.pem, broker.pem, broker-key.pem and, for
+mosquitto, the list of revoked certificates.
 """
 
 import contextlib
@@ -14,6 +15,7 @@ import importlib.util
 import os
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -21,12 +23,14 @@ import time
 from pathlib import Path
 from typing import Literal
 
+from broker_bridge.disk import write_atomic
 from broker_bridge.errors import LocalError
 from broker_bridge.link.broker_config import (
     ACL_FILE,
     BROKER_FILE,
     BROKER_KEY_FILE,
     CA_FILE,
+    REVOKED_FILE,
     render_config,
     render_iotcore,
 )
@@ -99,7 +103,7 @@ class LocalBroker:
 
     Writes its configuration, its log and its database into `folder`. `conf_text` replaces
     the shipped mosquitto.conf (and means no TLS for iotcore): for tests. `conf_more` goes
-    below it, as it is.
+    below it, as it is. `acl_text` replaces the shipped mosquitto.acl.
     """
 
     def __init__(
@@ -111,6 +115,7 @@ class LocalBroker:
         engine: Engine | None = None,
         conf_text: str | None = None,
         conf_more: str = "",
+        acl_text: str | None = None,
     ) -> None:
         self.folder = folder.absolute()
         self.port = port
@@ -119,6 +124,7 @@ class LocalBroker:
         self.log_path = self.folder / "broker.log"
         self._conf_text = conf_text
         self._conf_more = conf_more
+        self._acl_text = acl_text
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -191,6 +197,18 @@ class LocalBroker:
         self.stop()
         self.start()
 
+    def reload(self, acl_text: str) -> None:
+        """Have mosquitto read the revoked certificates and these rules, while it runs.
+
+        The rules hold at once, for those who are connected too. A certificate is looked at
+        only when its client connects (decision 0085).
+        """
+        self._acl_text = acl_text
+        if self.engine != "mosquitto" or self._process is None:
+            return
+        self._write_acl()
+        self._process.send_signal(signal.SIGHUP)
+
     def __enter__(self) -> "LocalBroker":
         self.start()
         return self
@@ -200,7 +218,8 @@ class LocalBroker:
 
     def _prepare(self) -> list[str]:
         if self._conf_text is None:
-            for name in (CA_FILE, BROKER_FILE, BROKER_KEY_FILE):
+            listed = (REVOKED_FILE,) if self.engine == "mosquitto" else ()
+            for name in (CA_FILE, BROKER_FILE, BROKER_KEY_FILE, *listed):
                 if not (self.folder / name).is_file():
                     raise LocalError(
                         f"the broker needs {self.folder / name}; `midge init` makes it"
@@ -216,7 +235,7 @@ class LocalBroker:
         text = self._conf_text
         if text is None:
             text = shipped_file("mosquitto.conf").read_text()
-            shutil.copyfile(shipped_file(ACL_FILE), self.folder / ACL_FILE)
+            self._write_acl()
         # mosquitto must read a key that only its owner can read, so it stays who we are.
         config = self.folder / "mosquitto.conf"
         rendered = render_config(
@@ -224,6 +243,13 @@ class LocalBroker:
         )
         config.write_text(rendered + self._conf_more)
         return [str(program), "-c", str(config)]
+
+    def _write_acl(self) -> None:
+        text = self._acl_text
+        if text is None:
+            text = shipped_file(ACL_FILE).read_text()
+        # Whole or not at all: mosquitto may be told to read it at any moment.
+        write_atomic(self.folder / ACL_FILE, text.encode(), mode=0o644)
 
     def _prepare_iotcore(self) -> list[str]:
         if importlib.util.find_spec("iotcore") is None:

@@ -30,10 +30,12 @@ from server.config import ServerConfig
 from server.coordinator import Coordinator
 from server.events import Rules
 from server.fleet.enrolment import Registrar
+from server.fleet.expulsion import complete
 from server.fleet.home import Home
 from server.ledger import Ledger
 from server.quotas import Quotas, Shares
 from server.service import Service
+from server.store.database import Database
 
 __all__ = ["serve", "server_command"]
 
@@ -71,6 +73,7 @@ def server_command(
     stopped = stop_on_signals()
     with (
         _locked(home),
+        _shut_out(home),
         contextlib.closing(Ledger(home, config, clock=time.time, free_bytes=_free_bytes)) as ledger,
     ):
         serve(home, config, ledger, stopped.is_set)
@@ -115,6 +118,14 @@ def serve(home: Home, config: ServerConfig, ledger: Ledger, stopped: Any) -> Non
 def _free_bytes(path: Path) -> int:
     with disk_errors(path):
         return shutil.disk_usage(path).free
+
+
+@contextlib.contextmanager
+def _shut_out(home: Home) -> Iterator[None]:
+    """Before anything else: whatever a command that was killed has left undone (expulsion.py)."""
+    with contextlib.closing(Database(home.database)) as db:
+        complete(home, db)
+    yield
 
 
 @contextlib.contextmanager

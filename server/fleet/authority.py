@@ -211,27 +211,38 @@ class Authority:
             ) from error
         return self._client(name, public, now=now, days=days, backdate=backdate)
 
-    def revocation_list(
-        self, serials: Sequence[int], *, now: datetime, days: int = CA_DAYS
-    ) -> bytes:
+    def revocation_list(self, serials: Sequence[int], *, number: int) -> bytes:
         """Return the list (PEM) of certificates to turn away, for mosquitto's `crlfile`.
 
-        Whole each time: a serial number left out is let in again. OpenSSL lets nobody in
-        on a list that has ended, so it lasts as long as the CA unless `days` says less.
+        Whole each time: a serial number left out is let in again. `number` grows with each
+        list. OpenSSL lets nobody in on a list that has ended or has not begun, so its dates
+        are the CA's and no clock is asked: it begins `number` seconds after the CA did, since
+        of two lists OpenSSL believes the younger one.
         """
+        begins = self._certificate.not_valid_before_utc + timedelta(seconds=number)
         revoked = (
-            x509.RevokedCertificateBuilder().serial_number(serial).revocation_date(now).build()
+            x509.RevokedCertificateBuilder().serial_number(serial).revocation_date(begins).build()
             for serial in serials
         )
         builder = (
             x509.CertificateRevocationListBuilder()
             .issuer_name(self._certificate.subject)
-            .last_update(now - BACKDATE)
-            .next_update(now + timedelta(days=days))
+            .last_update(begins)
+            .next_update(self._certificate.not_valid_after_utc)
+            .add_extension(x509.CRLNumber(number), critical=False)
         )
         for each in revoked:
             builder = builder.add_revoked_certificate(each)
         return builder.sign(self._key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+
+    def revocation_number(self, pem: bytes) -> int:
+        """The number of a list that this CA made; -1 for anything else."""
+        try:
+            found = x509.load_pem_x509_crl(pem)
+            number = found.extensions.get_extension_for_class(x509.CRLNumber).value.crl_number
+        except (ValueError, x509.ExtensionNotFound):
+            return -1
+        return number if found.is_signature_valid(self._key.public_key()) else -1
 
     def issued(self, certificate: bytes) -> bool:
         """Whether this CA signed `certificate` (PEM). Says nothing about its dates."""

@@ -28,7 +28,7 @@ from server.fleet.home import Home
 from server.store.database import Database
 from server.store.rows import Certificate, Device, Token
 
-__all__ = ["Registrar", "add_device", "check_name"]
+__all__ = ["Registrar", "add_device", "check_free", "check_name", "ends_soon"]
 
 TOKEN_HOURS = 24
 HOURS_MAX = 24 * 365
@@ -63,7 +63,7 @@ def add_device(
     moment, days = datetime.fromtimestamp(now, UTC), max(1, -(-int(hours) // 24))
     issued = authority.issue_with_new_key(name, now=moment, days=days)
     with db.transaction() as tx:
-        _check_free(tx.device(name), name)
+        check_free(tx.device(name), name)
         tx.put_token(token)
         tx.add_certificate(_noted(name, issued.certificate))
     bundle = Bundle(
@@ -93,7 +93,8 @@ def check_name(name: str, hours: float) -> None:
         raise LocalError(f"{name!r} is a name of midge itself; choose another")
 
 
-def _check_free(present: Device | None, name: str) -> None:
+def check_free(present: Device | None, name: str) -> None:
+    """Raise LocalError when a name is in use. `present`: whoever has it now."""
     if present is None or present.status == "removed":
         return
     if present.status == "revoked":

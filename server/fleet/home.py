@@ -5,7 +5,7 @@
     keys/server.json      the server's own keys and the fleet key
     keys/roster.json      who was revoked, once somebody was
     ca/                   the private CA that certifies broker, server, operator and devices
-    broker/               what the broker needs: certificate, key, CA
+    broker/               what the broker needs: certificate, key, CA, who may not come in
     server/ operator/     client certificates for the two commands that talk to the broker
     bundles/              one file for each device that was added
     tasks/                task files
@@ -26,6 +26,8 @@ import msgspec
 from broker_bridge.config import load_config
 from broker_bridge.disk import REAL_DISK, Disk, disk_errors, write_atomic
 from broker_bridge.errors import LocalError
+from broker_bridge.link.broker_config import ACL_FILE, REVOKED_FILE
+from broker_bridge.link.local_broker import shipped_file
 from broker_bridge.link.tls import TlsFiles
 from broker_bridge.wire.envelope import random_bytes
 from broker_bridge.wire.topics import is_name
@@ -172,6 +174,8 @@ def _make_certificates(folder: Path, federation: str, hosts: list[str]) -> None:
     write_public(folder / "ca" / "ca.pem", ca.certificate)
     write_private(folder / "ca" / "ca-key.pem", ca.key)
     write_public(folder / "broker" / "ca.pem", ca.certificate)
+    write_public(folder / "broker" / REVOKED_FILE, ca.revocation_list([], number=0))
+    write_public(folder / "broker" / ACL_FILE, shipped_file(ACL_FILE).read_bytes())
     _write(folder / "broker", "broker", ca.issue_for_broker(hosts, now=now))
     _write(folder / "server", "client", ca.issue_for_server(now=now))
     _write(folder / "operator", "client", ca.issue_for_operator(now=now))

@@ -42,7 +42,7 @@ class Roster(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     federation: str
     epoch: int = 0  # how often it was changed
     fleet_epoch: int = 0  # the fleet key that the others have is at least this one
-    cuts: int = 0  # how often a name was opened again: see `opened`
+    cuts: int = 0  # how often a name was opened again: see `opening`
     expelled: tuple[Expelled, ...] = ()
     closed: tuple[str, ...] = ()
 
@@ -60,29 +60,29 @@ class Roster(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         """Every certificate that the broker must turn away."""
         return tuple(sorted({serial for each in self.expelled for serial in each.serials}))
 
-    def expelling(self, who: Expelled, *, fleet_epoch: int, closes: bool) -> "Roster":
-        """This roster with one more; the same one if it says all that already."""
-        if who.device in self.closed and closes and set(who.keys) <= self.revoked_keys:
-            known = set(self.serials)
-            if set(who.serials) <= known:
-                return self
-        closed = {*self.closed, who.device} if closes else {*self.closed}
+    def expelling(self, who: Expelled, *, fleet_epoch: int) -> "Roster":
+        """This roster with one more, and his name closed; the same one if it says that already.
+
+        `fleet_epoch`: of the key that the others will have, if he had the present one.
+        """
+        keys, serials = set(who.keys) <= self.revoked_keys, set(who.serials) <= {*self.serials}
+        if keys and serials and who.device in self.closed:
+            return self
         return msgspec.structs.replace(
             self,
             epoch=self.epoch + 1,
-            fleet_epoch=max(self.fleet_epoch, fleet_epoch),
-            expelled=(*self.expelled, who),
-            closed=tuple(sorted(closed)),
+            fleet_epoch=self.fleet_epoch if keys else max(self.fleet_epoch, fleet_epoch),
+            expelled=self.expelled if keys and serials else (*self.expelled, who),
+            closed=tuple(sorted({*self.closed, who.device})),
         )
 
-    def opened(self, name: str) -> "Roster":
+    def opening(self, name: str) -> "Roster":
         """This roster with the name free for another device.
 
         A connection that its former holder still has would be heard again, as the broker looks
         at a certificate only when a client connects: `cuts` tells it to end them all.
         """
-        used = name in self.closed or any(each.device == name for each in self.expelled)
-        if not used:
+        if name not in self.closed:
             return self
         closed = tuple(each for each in self.closed if each != name)
         return msgspec.structs.replace(

@@ -130,9 +130,21 @@ class FleetQueries(Queries):
         query = update(schema.tokens).where(c.device == device, c.used_at.is_(None))
         return bool(self._sql.execute(query.values(used_at=at)).rowcount)
 
+    def unused_tokens(self) -> list[Token]:
+        """The rights to enrol that nobody has used, the expired ones too, by name."""
+        c = schema.tokens.c
+        query = select(schema.tokens).where(c.used_at.is_(None)).order_by(c.device)
+        return self._all(Token, query)
+
     def drop_token(self, device: str) -> None:
         """Take back the right to enrol under this name, if it was given."""
         self._sql.execute(delete(schema.tokens).where(schema.tokens.c.device == device))
+
+    def void_tokens(self, at: float) -> int:
+        """Take back every right to enrol that was not used; say how many there were."""
+        c = schema.tokens.c
+        query = update(schema.tokens).where(c.used_at.is_(None), c.expires_at > at)
+        return self._sql.execute(query.values(expires_at=at)).rowcount
 
     # ── Operators' requests, and what was refused ───────────────────────────────────────
 
@@ -140,12 +152,6 @@ class FleetQueries(Queries):
         """The reply that was given to a request, if it is among the newest."""
         c = schema.requests.c
         reply: str | None = self._sql.scalar(select(c.reply).where(c.id == request_id))
-    def void_tokens(self, at: float) -> int:
-        """Take back every right to enrol that was not used; say how many there were."""
-        c = schema.tokens.c
-        query = update(schema.tokens).where(c.used_at.is_(None), c.expires_at > at)
-        return self._sql.execute(query.values(expires_at=at)).rowcount
-
         return reply
 
     def remember_reply(self, request_id: str, reply: str) -> None:

@@ -103,7 +103,7 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True)
 class Round:
-    """One round. `announcement` is the signed bytes as published; the key goes at the close."""
+    """One round. `announcement` is the signed bytes as published; its keys go at the close."""
 
     number: int
     run_id: int

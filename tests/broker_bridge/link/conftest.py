@@ -19,6 +19,7 @@ class Pki:
         self.now = datetime.now(UTC)
         self.ca = Authority.create("midge test", now=self.now)
         write_public(folder / "ca.pem", self.ca.certificate)
+        write_public(folder / "revoked.pem", self.ca.revocation_list([], number=0))
         self._put("broker", self.ca.issue_for_broker(["localhost", "127.0.0.1"], now=self.now))
 
     def files(self, name, *, issued=None):

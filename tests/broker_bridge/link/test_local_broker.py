@@ -31,6 +31,7 @@ def test_rendering_changes_the_listener_the_folders_the_user_and_nothing_else():
         ("cafile /etc/mosquitto/midge/ca.pem", "cafile /some where/ca.pem"),
         ("certfile /etc/mosquitto/midge/broker.pem", "certfile /some where/broker.pem"),
         ("keyfile /etc/mosquitto/midge/broker-key.pem", "keyfile /some where/broker-key.pem"),
+        ("crlfile /etc/mosquitto/midge/revoked.pem", "crlfile /some where/revoked.pem"),
         ("acl_file /etc/mosquitto/midge/mosquitto.acl", "acl_file /some where/mosquitto.acl"),
         ("persistence_location /var/lib/mosquitto/", "persistence_location /some where/"),
     ]

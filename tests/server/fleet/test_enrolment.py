@@ -213,7 +213,7 @@ def test_keys_on_the_roster_are_refused_by_a_database_that_never_heard_of_it(off
     bundle, keys = office.add(), identities.new_keys()
     public = (keys.sign.public, keys.kem.public, keys.tls_public)
     gone = Expelled(device="ward-9", keys=public, serials=(), at=NOW)
-    roster = office.home.roster().expelling(gone, fleet_epoch=2, closes=True)
+    roster = office.home.roster().expelling(gone, fleet_epoch=2)
     office.home.set_roster(roster)
     answer = office.ask(bundle, keys)
     assert isinstance(answer, Refused)

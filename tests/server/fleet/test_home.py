@@ -10,6 +10,9 @@ from broker_bridge.wire.enrolment import server_identity
 from server.fleet.home import Home, create
 
 
+PUBLIC = ("midge.toml", "ca.pem", "broker.pem", "client.pem", "revoked.pem", "mosquitto.acl")
+
+
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     folder = tmp_path_factory.mktemp("home") / "fleet"
@@ -46,7 +49,7 @@ def test_the_roots_secret_is_in_one_file_only(home):
 
 def test_secrets_are_for_their_owner_alone(home):
     for path in home.folder.rglob("*"):
-        public = path.name in ("midge.toml", "ca.pem", "broker.pem", "client.pem")
+        public = path.name in PUBLIC
         assert public or path.stat().st_mode & 0o077 == 0, path
 
 

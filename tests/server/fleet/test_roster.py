@@ -24,7 +24,7 @@ def test_a_fleet_from_which_nobody_was_shut_out_has_an_empty_roster(home):
 
 
 def test_what_was_written_is_read(home):
-    roster = NONE.expelling(WARD, fleet_epoch=2, closes=True)
+    roster = NONE.expelling(WARD, fleet_epoch=2)
     home.set_roster(roster)
     assert home.roster() == roster
     assert (roster.epoch, roster.fleet_epoch, roster.closed) == (1, 2, ("ward-3",))
@@ -32,34 +32,34 @@ def test_what_was_written_is_read(home):
 
 
 def test_a_key_is_known_again_under_whatever_name(home):
-    roster = NONE.expelling(WARD, fleet_epoch=2, closes=True)
+    roster = NONE.expelling(WARD, fleet_epoch=2)
     for key in WARD.keys:
         assert roster.has_revoked([b"n" * 32, key])
     assert not roster.has_revoked([b"n" * 32])
 
 
 def test_the_same_device_twice_is_one(home):
-    once = NONE.expelling(WARD, fleet_epoch=2, closes=True)
-    assert once.expelling(WARD, fleet_epoch=3, closes=True) is once
+    once = NONE.expelling(WARD, fleet_epoch=2)
+    assert once.expelling(WARD, fleet_epoch=3) is once
 
 
 def test_a_certificate_that_came_to_light_later_is_added(home):
-    once = NONE.expelling(WARD, fleet_epoch=2, closes=True)
+    once = NONE.expelling(WARD, fleet_epoch=2)
     more = msgspec.structs.replace(WARD, serials=("a1", "b2"))
-    assert once.expelling(more, fleet_epoch=3, closes=True).serials == ("a1", "b2")
+    assert once.expelling(more, fleet_epoch=3).serials == ("a1", "b2")
 
 
 def test_a_name_that_is_opened_again_ends_the_connections_of_its_former_holder(home):
-    shut = NONE.expelling(WARD, fleet_epoch=2, closes=True)
-    opened = shut.opened("ward-3")
+    shut = NONE.expelling(WARD, fleet_epoch=2)
+    opened = shut.opening("ward-3")
     assert (opened.closed, opened.cuts, opened.epoch) == ((), 1, 2)
     assert opened.has_revoked(WARD.keys)
     assert opened.serials == shut.serials
-    assert shut.opened("ward-4") is shut
+    assert shut.opening("ward-4") is shut
 
 
 def test_a_roster_that_was_altered_is_refused_in_one_sentence(home):
-    home.set_roster(NONE.expelling(WARD, fleet_epoch=2, closes=True))
+    home.set_roster(NONE.expelling(WARD, fleet_epoch=2))
     path = home.folder / "keys" / "roster.json"
     good = path.read_bytes()
     for index in range(0, len(good), 7):

@@ -1,0 +1,46 @@
+"""`midge broker`: run mosquitto for the fleet, and keep it up to date with who was shut out."""
+
+from pathlib import Path
+
+import click
+
+from broker_bridge.console import stop_on_signals
+from broker_bridge.errors import LocalError
+from broker_bridge.link.local_broker import LocalBroker
+from server.commands.options import DIR, PORT
+from server.fleet.broker_watch import follow, followed, say_heard
+from server.fleet.expulsion import acl_text, write_broker_files
+from server.fleet.home import Home
+
+__all__ = ["broker"]
+
+
+@click.command()
+@DIR
+@click.option("--bind", default="127.0.0.1", show_default=True,
+              help="Address to listen on; 0.0.0.0 lets devices on the network in.")  # fmt: skip
+@click.option("--port", type=PORT, help="Port; default: as in midge.toml.")
+def broker(folder: Path, bind: str, port: int | None) -> None:
+    """Run a broker for the fleet: mosquitto with midge's mosquitto.conf.
+
+    It hears of `midge device revoke` by itself.
+
+    \b
+    Example:
+      midge broker --dir fleet --bind 0.0.0.0
+    """
+    home = Home.find(folder)
+    stopped = stop_on_signals()
+    chosen = port or home.config().broker.port
+    heard = home.roster()
+    write_broker_files(home, heard)
+    running = LocalBroker(home.broker, port=chosen, bind=bind, acl_text=acl_text(heard))
+    with followed(home), running:
+        say_heard(home, heard)
+        click.echo(f"{running.engine} listens on {bind}:{chosen}, log in {running.log_path}")
+        if running.lacks:
+            click.echo(running.lacks)
+        while running.is_running and not stopped.wait(0.25):
+            heard = follow(home, running, heard)
+        if not stopped.is_set():
+            raise LocalError(f"the broker stopped by itself; see {running.log_path}")
