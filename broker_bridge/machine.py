@@ -5,7 +5,7 @@ import resource
 import sys
 from pathlib import Path
 
-__all__ = ["machine_name", "peak_memory_bytes"]
+__all__ = ["machine_name", "peak_in", "peak_memory_bytes"]
 
 
 def machine_name() -> str:
@@ -13,21 +13,24 @@ def machine_name() -> str:
     return platform.machine()[:40]
 
 
-def peak_memory_bytes(pid: int | None = None) -> int:
-    """The most memory (RSS) that this process, or process `pid`, ever held, in bytes.
+def peak_memory_bytes() -> int:
+    """The most memory (RSS) that this process ever held, in bytes; 0: not known.
 
     Linux knows it of the program as it was started. `getrusage`, which other systems have, also
-    counts the process that started it, before `exec` (getrusage(2), "ru_maxrss"). 0: not known
-    (of another process, or in a sandbox, where nothing can be read).
+    counts the process that started it, before `exec` (getrusage(2), "ru_maxrss").
     """
-    try:
-        status = Path(f"/proc/{pid or 'self'}/status").read_text("ascii", "replace")
-    except OSError:
-        status = ""
-    for line in status.splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    if pid is not None or sys.platform == "linux":
-        return 0
+    if sys.platform == "linux":
+        try:
+            return peak_in(Path("/proc/self/status").read_bytes())
+        except OSError:
+            return 0  # in a sandbox
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def peak_in(status: bytes) -> int:
+    """The same, from what Linux has in /proc/PID/status; 0: not in there."""
+    for line in status.splitlines():
+        if line.startswith(b"VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return 0

@@ -355,6 +355,8 @@ class Agent:
             self._begin_collecting(kind, blob)
         except PeerError as error:
             return [ev.Failed(self._participant.round, str(error))]
+        if kind == "model":
+            self._bench.expect_model()
         self._link.subscribe([self._filter(kind)])
         return []
 
@@ -379,6 +381,7 @@ class Agent:
         if taken is None:
             return [ev.Failed(announcement.round, "there is nothing to send")]
         trained, delta = taken
+        self._participant.samples = self._bench.samples  # they may have been fetched anew
         identity = self.identity
         message = weights.encode(delta)
         sealed = seal_update(

@@ -16,8 +16,6 @@ from broker_bridge.errors import LocalError
 from broker_bridge.link.base import Message
 from broker_bridge.link.paho_link import PahoLink
 from broker_bridge.systemd import Supervisor, unit_file
-from broker_bridge.task.runtime import TaskRuntime
-from broker_bridge.task.taskfile import Plan
 from broker_bridge.wire import messages
 from broker_bridge.wire.envelope import client_id
 from broker_bridge.wire.messages import Presence
@@ -25,13 +23,13 @@ from broker_bridge.wire.topics import Topics
 from device_client import identity as identities
 from device_client.agent import Agent
 from device_client.config import EXAMPLE, DeviceConfig
-from device_client.data import load_samples
 from device_client.doctor import doctor
 from device_client.enrolment import enrol
 from device_client.identity import Identity
 from device_client.journal import Journal
 from device_client.outbox import Outbox
-from device_client.trainer import Progress, Trainer
+from device_client.sandbox.trainer import Sandbox, SandboxSettings
+from device_client.trainer import Progress
 from device_client.trial import run_trial
 
 __all__ = ["main"]
@@ -163,18 +161,15 @@ def _run(
         publishes_per_s=settings.publishes_per_s,
         wait_s=None,  # a device waits for its broker, however long
     )
-
-    def load(plan: Plan) -> Trainer:
-        runtime = TaskRuntime(plan, num_threads=settings.threads)
-        return Trainer(runtime, load_samples(settings.data, plan.task))
-
+    sandbox = Sandbox(SandboxSettings.of(settings))
     agent = Agent(
-        identity, link, journal=journal, load=load, role=settings.role, boot=boot,
+        identity, link, journal=journal, load=sandbox.load, role=settings.role, boot=boot,
         draw=random.random,
     )  # fmt: skip
     try:
         agent.run(Supervisor().watched(stopped, lambda: agent.state.value))
     finally:
+        sandbox.close()
         link.close()
 
 

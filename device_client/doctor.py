@@ -22,15 +22,14 @@ from broker_bridge.config import load_config
 from broker_bridge.disk import disk_errors
 from broker_bridge.errors import LocalError, MidgeError
 from broker_bridge.link.inspection import Broker, certificate, certificate_dates
-from broker_bridge.task.runtime import TaskRuntime
 from broker_bridge.task.taskfile import Plan, decode_plan
 from broker_bridge.wire.topics import Topics
 from device_client import identity as identities
 from device_client.config import DeviceConfig
-from device_client.data import load_samples
 from device_client.identity import Identity
 from device_client.journal import Journal
 from device_client.outbox import Outbox
+from device_client.sandbox.trainer import Sandbox, SandboxSettings
 
 __all__ = ["doctor", "examine"]
 
@@ -84,8 +83,10 @@ def examine(folder: Path, now: datetime, *, data: str | None = None) -> Iterator
     yield from broken or _enrolment(folder, identity)
     yield from guarded("rounds", lambda: _rounds(folder))
     if settings is not None:
+        sandbox = Sandbox(SandboxSettings.of(settings, data or ""))
         source = data or settings.data
-        yield from guarded("data", lambda: _data(folder, source))
+        yield from guarded("sandbox", lambda: _sandbox(sandbox))
+        yield from guarded("data", lambda: _data(folder, source, sandbox))
     if identity is not None:
         yield from _broker(folder, identity, settings or DeviceConfig(), now)
 
@@ -144,7 +145,22 @@ def _rounds(folder: Path) -> Iterator[Finding]:
     )
 
 
-def _data(folder: Path, source: str) -> Iterator[Finding]:
+def _sandbox(sandbox: Sandbox) -> Iterator[Finding]:
+    held = sandbox.examine()
+    memory = f"at most {held.memory_bytes // 1_000_000:,} MB" if held.memory_bytes else "no limit"
+    if held.missing:
+        yield Finding(
+            "sandbox",
+            "warning",
+            f"a task's model is not locked in: {held.missing}",
+            "use a kernel with CONFIG_SECCOMP_FILTER, or take tasks only from whom you trust "
+            "with this machine",
+        )
+    else:
+        yield Finding("sandbox", "ok", f"a task's model is locked in by seccomp; {memory}")
+
+
+def _data(folder: Path, source: str, sandbox: Sandbox) -> Iterator[Finding]:
     if not source:
         yield Finding(
             "data",
@@ -157,13 +173,13 @@ def _data(folder: Path, source: str) -> Iterator[Finding]:
     if plan is None:
         yield Finding("data", "ok", f"{source}; no task was fetched yet, so it was not tried")
         return
-    samples = load_samples(source, plan.task)
-    runtime = TaskRuntime(plan)
+    with contextlib.closing(sandbox):
+        trainer = sandbox.load(plan)
     yield Finding(
         "data",
         "ok",
-        f"{len(samples)} samples fit the task {plan.task.name!r}, which "
-        f"loads in {runtime.runtime_name}",
+        f"{len(trainer)} samples fit the task {plan.task.name!r}, which "
+        f"loads in {trainer.runtime_name}",
     )
 
 

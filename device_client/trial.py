@@ -1,22 +1,23 @@
 """Train a task on this device alone, without a server: to see what it does, and what it costs.
 
-The same path as in a round: the same data source, runtime and trainer, from the task's
-initial weights. Nothing is sent.
+The same path as in a round: the same data source, runtime, trainer and locked process, from
+the task's initial weights. Nothing is sent.
 """
 
+import contextlib
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from broker_bridge.disk import disk_errors
 from broker_bridge.errors import LocalError, PeerError
-from broker_bridge.task.runtime import TaskRuntime
-from broker_bridge.task.taskfile import Training, decode_task
-from device_client.data import load_samples
-from device_client.trainer import Progress, Trainer
+from broker_bridge.task.runtime import Evaluation
+from broker_bridge.task.taskfile import Plan, Training, decode_task
+from device_client.sandbox.trainer import Sandbox, SandboxSettings
+from device_client.trainer import Progress
 
 __all__ = ["Trial", "run_trial"]
 
@@ -66,9 +67,6 @@ def run_trial(
         learning_rate=learning_rate or task.defaults.learning_rate,
         clip_norm=task.defaults.clip_norm,
     )
-    runtime = TaskRuntime(plan, num_threads=threads)
-    samples = load_samples(data, task)
-    trainer = Trainer(runtime, samples)
     losses: list[float] = []
 
     def step_done(progress: Progress) -> bool:
@@ -76,16 +74,18 @@ def run_trial(
         on_step(progress)
         return True
 
-    started = time.monotonic()
-    trained = trainer.train(weights, settings, seed=seed, on_step=step_done)
-    seconds = time.monotonic() - started
+    with contextlib.closing(Sandbox(SandboxSettings(data, threads=threads))) as sandbox:
+        trainer = sandbox.load(plan)
+        started = time.monotonic()
+        trained = trainer.train(weights, settings, seed=seed, on_step=step_done)
+        seconds = time.monotonic() - started
     if trained is None:
         raise LocalError("the trial was stopped")
-    measured = None if test is None else runtime.evaluate(trained.weights, load_samples(test, task))
+    measured = None if test is None else _measured(plan, trained.weights, test, threads)
     return Trial(
         task=task.name,
-        runtime=runtime.runtime_name,
-        samples=len(samples),
+        runtime=trained.runtime,
+        samples=trained.examples,
         parameters=task.parameters,
         epochs=settings.epochs,
         seconds=seconds,
@@ -95,6 +95,12 @@ def run_trial(
         test={} if measured is None else {"loss": measured.loss} | measured.metrics,
         test_samples=0 if measured is None else measured.examples,
     )
+
+
+def _measured(plan: Plan, weights: Mapping[str, Any], test: str, threads: int) -> Evaluation:
+    """Of other samples, in a process that never saw the first."""
+    with contextlib.closing(Sandbox(SandboxSettings(test, threads=threads))) as sandbox:
+        return sandbox.load(plan).evaluate(weights)
 
 
 def _by_epoch(losses: list[float], epochs: int) -> list[float]:

@@ -6,6 +6,7 @@ comes of them is an event for the participant; what is wrong with the task, the 
 the data becomes `Failed` with a sentence.
 """
 
+import contextlib
 import hashlib
 import logging
 import math
@@ -13,7 +14,7 @@ import queue
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from msgspec import UNSET, UnsetType
@@ -30,7 +31,7 @@ from broker_bridge.wire.messages import Measured, Settings
 from device_client import events as ev
 from device_client.trainer import Progress, Trained
 
-__all__ = ["Background", "LocalTrainer", "ThreadBackground", "Workbench"]
+__all__ = ["Apart", "Background", "LocalTrainer", "ThreadBackground", "Workbench"]
 
 log = logging.getLogger("midge.device")
 
@@ -56,6 +57,17 @@ class LocalTrainer(Protocol):
 
     def evaluate(self, weights: Mapping[str, Array]) -> Evaluation:
         """Measure `weights` on the samples."""
+
+
+@runtime_checkable
+class Apart(Protocol):
+    """What a LocalTrainer can do beside that works in a process of its own."""
+
+    def warm(self) -> None:
+        """Have that process begin to get ready. Raises LocalError."""
+
+    def interrupt(self) -> None:
+        """Have the present work end soon, also where the process hangs."""
 
 
 class Background(Protocol):
@@ -141,7 +153,6 @@ class Workbench:
         on_progress: Callable[[Progress], None] = lambda _: None,
     ) -> None:
         self.background = background
-        self.samples = 0
         self.measured: Measured | UnsetType = UNSET  # what the last training cost
         self._folder = folder
         self._disk = disk
@@ -152,6 +163,11 @@ class Workbench:
         self._trainer: LocalTrainer | None = None
         self._model: tuple[bytes, dict[str, Array]] | None = None
         self._trained: Trained | None = None
+
+    @property
+    def samples(self) -> int:
+        """How many samples there are for the task at hand."""
+        return 0 if self._trainer is None else len(self._trainer)
 
     # ── task and model ──────────────────────────────────────────────────────────────────
 
@@ -171,7 +187,6 @@ class Workbench:
             return
         trainer = self._load(plan)
         self._trainer, self._plan, self._model = trainer, plan, None
-        self.samples = len(trainer)
         path = self._path(plan.digest)
         if self.stored_task(plan.digest) is None:
             make_folder(path.parent, disk=self._disk)
@@ -181,6 +196,12 @@ class Workbench:
     def has_model(self, digest: bytes) -> bool:
         """Whether this model is at hand."""
         return self._model is not None and self._model[0] == digest
+
+    def expect_model(self) -> None:
+        """A model is on its way: what it will be trained in may get ready meanwhile."""
+        if isinstance(self._trainer, Apart):
+            with contextlib.suppress(LocalError):  # said when it is to train
+                self._trainer.warm()
 
     def use_model(self, digest: bytes, content: bytes) -> None:
         """Take a model. Raises PeerError when it is not one of the task's."""
@@ -242,6 +263,8 @@ class Workbench:
 
     def stop(self, reason: str) -> None:
         """End whatever is being done."""
+        if isinstance(self._trainer, Apart):
+            self._trainer.interrupt()
         if self.background.stop():
             log.info("training stopped: %s", reason)
 

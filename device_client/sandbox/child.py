@@ -8,13 +8,14 @@ The plan's graph and the weights come in afterwards. It is started afresh, never
 it never held the device's keys. It ends when the agent does, or after a while without work.
 """
 
+import contextlib
 import math
 import os
 import select
 import socket
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import msgspec
@@ -168,7 +169,7 @@ class _Worker:
         kept = weights.encode(_plain(trained.optimiser_state)) if trained.optimiser_state else b""
         done = talk.Done(
             loss=trained.loss, metrics=trained.metrics, seconds=trained.seconds,
-            optimiser_bytes=len(kept),
+            peak_bytes=confinement.peak_bytes(), optimiser_bytes=len(kept),
         )  # fmt: skip
         self._line.say(done, weights.encode(_plain(trained.weights)), kept)
 
@@ -204,6 +205,19 @@ def _use_what_is_loaded_late() -> None:
     math.isfinite(float(np.linalg.norm(np.ones(1))))
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The runtime says on standard error that it made a delegate, at each start."""
+    kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 2)
+    os.close(nothing)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
 def main() -> None:
     """Serve the agent that started this process; end without a word when it is over."""
     descriptor, parent, memory_bytes = map(int, sys.argv[1:4])
@@ -219,7 +233,8 @@ def main() -> None:
 def _serve(line: _Line, memory_bytes: int) -> None:
     load, _ = line.hear()
     try:
-        warm_up(TINY_MODEL, num_threads=load.threads, prefer=load.prefer)
+        with _quiet():
+            warm_up(TINY_MODEL, num_threads=load.threads, prefer=load.prefer)
         _use_what_is_loaded_late()
         samples = _samples(load)
     except MidgeError as error:

@@ -16,9 +16,10 @@ from pathlib import Path
 
 import msgspec
 
+from broker_bridge.machine import peak_in
 from device_client.sandbox import seccomp
 
-__all__ = ["Confinement", "begin", "lock"]
+__all__ = ["Confinement", "begin", "lock", "peak_bytes"]
 
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS = 1, 4, 22, 38
 _SECCOMP_SET_MODE_FILTER, _SECCOMP_FILTER_FLAG_TSYNC = 1, 1
@@ -36,6 +37,9 @@ class _Filter(ctypes.Structure):
     """struct sock_fprog."""
 
     _fields_ = [("length", ctypes.c_ushort), ("instructions", ctypes.c_char_p)]
+
+
+_status: int | None = None  # /proc/self/status, open since before the door was locked
 
 
 def begin(*, parent: int, memory_bytes: int) -> int:
@@ -59,7 +63,8 @@ def lock(*, keep: int, threads: bool, memory_bytes: int) -> Confinement:
     _close_all_but(keep)
     _limit("RLIMIT_CORE", 0)
     _limit("RLIMIT_FSIZE", 0)
-    _limit("RLIMIT_NOFILE", keep + 1)
+    _keep_an_eye_on_memory()
+    _limit("RLIMIT_NOFILE", 1)  # poll() takes no more descriptors than this
     if not threads:
         _limit("RLIMIT_NPROC", 0)
     if sys.platform != "linux":
@@ -142,6 +147,24 @@ def _close_all_but(keep: int) -> None:
                 os.close(descriptor)
             except OSError:
                 continue  # listdir's own
+
+
+def _keep_an_eye_on_memory() -> None:
+    global _status
+    try:
+        _status = os.open("/proc/self/status", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        _status = None
+
+
+def peak_bytes() -> int:
+    """The most memory that this locked process ever held; 0 where that is not known."""
+    if _status is None:
+        return 0
+    try:
+        return peak_in(os.pread(_status, 8192, 0))
+    except OSError:
+        return 0
 
 
 def _write(path: str, text: str) -> None:

@@ -21,7 +21,6 @@ from typing import Any
 import msgspec
 
 from broker_bridge.errors import LocalError, PeerError
-from broker_bridge.machine import peak_memory_bytes
 from device_client.sandbox import talk
 
 __all__ = ["COMMAND", "Process", "ProcessEndedError", "StoppedError"]
@@ -122,11 +121,6 @@ class Process:
     def is_running(self) -> bool:
         """Whether it was not yet seen to end."""
         return not self._ended.is_set()
-
-    @property
-    def peak_bytes(self) -> int:
-        """The most memory that it ever held; 0 where the system does not say."""
-        return peak_memory_bytes(self.pid)
 
     # ── talking ─────────────────────────────────────────────────────────────────────────
 

@@ -102,6 +102,7 @@ class Done(_Message, frozen=True, kw_only=True):
     loss: float
     metrics: dict[str, float]
     seconds: Seconds
+    peak_bytes: Count
     optimiser_bytes: Count = 0
 
 

@@ -22,6 +22,7 @@ from broker_bridge.errors import LocalError, PeerError
 from broker_bridge.task.runtime import Evaluation
 from broker_bridge.task.taskfile import Plan, Task, Training, encode_plan
 from broker_bridge.wire import weights as wire
+from device_client.config import DeviceConfig
 from device_client.sandbox import talk
 from device_client.sandbox.confinement import Confinement
 from device_client.sandbox.deaths import Deaths
@@ -52,6 +53,14 @@ class SandboxSettings:
     stall_s: float = 300.0  # a process that is silent for so long is ended
     idle_s: float = 180.0  # one that has no work for so long ends itself
     command: Sequence[str] = COMMAND
+
+    @classmethod
+    def of(cls, config: DeviceConfig, data: str = "") -> "SandboxSettings":
+        """As device.toml has it; `data` instead of the samples named there."""
+        return cls(
+            data or config.data, threads=config.threads,
+            memory_bytes=config.memory_mb * 1_000_000, stall_s=config.stall_s,
+        )  # fmt: skip
 
 
 class Sandbox:
@@ -155,6 +164,7 @@ class SandboxedTrainer:
         process = self._process
         assert process is not None  # noqa: S101 - warm made it
         if not self._is_open:
+            process.begin()
             with self._deaths.counted():
                 ready = _ready(process)
                 if not ready.samples:
@@ -327,7 +337,7 @@ class _Course:
             metrics=_metrics(process, done.metrics, task),
             seconds=min(done.seconds, time.monotonic() - self._started_s),
             optimiser_state=kept, runtime=self._trainer.runtime_name,
-            peak_bytes=process.peak_bytes,
+            peak_bytes=done.peak_bytes,
         )  # fmt: skip
 
 

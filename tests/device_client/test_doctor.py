@@ -62,8 +62,8 @@ def test_a_healthy_device_is_all_ok(device):
     findings = look(device)
     assert broken(findings) == set(), findings
     assert {
-        "clock", "disk", "versions", "secrets", "settings", "enrolment", "rounds", "data",
-        "cert ca", "cert device", "broker", "broker limits", "access rules",
+        "clock", "disk", "versions", "secrets", "settings", "enrolment", "rounds", "sandbox",
+        "data", "cert ca", "cert device", "broker", "broker limits", "access rules",
     } == {f.check for f in findings}  # fmt: skip
     assert "48 samples fit the task 'wearables'" in of(findings, "data").found
 
