@@ -31,14 +31,19 @@ from broker_bridge.wire.messages import (
     Need,
     NeedBlob,
     Presence,
+    Refused,
+    Renewal,
+    Welcome,
 )
 from broker_bridge.wire.topics import DownTopic, Topics
 from broker_bridge.wire.update import Binding, seal_update
 from device_client import events as ev
+from device_client import identity as identities
 from device_client.identity import Identity
 from device_client.journal import Journal
 from device_client.outbox import Outbox
 from device_client.participant import Participant, State
+from device_client.renewal import Renewer, is_meant
 from device_client.workbench import Background, LocalTrainer, ThreadBackground, Workbench
 
 __all__ = ["Agent"]
@@ -85,7 +90,11 @@ class Agent:
         draw: Callable[[], float],
         background: Background | None = None,
         random: Callable[[int], bytes] = random_bytes,
+        relink: Callable[[Link, Identity], Link] | None = None,
+        software: str = "",
     ) -> None:
+        """`relink` ends a link and makes another, with the certificate of a new identity; without
+        it, the new certificate is used when the process starts again."""
         self.identity = identity
         self.rejects: Counter[str] = Counter()
         self._topics = Topics(identity.federation)
@@ -98,10 +107,13 @@ class Agent:
             journal.folder,
             scope=identity.scope,
             load=load,
-            background=background or ThreadBackground(link.wake),
+            background=background or ThreadBackground(lambda: self._link.wake()),
             disk=journal.disk,
         )
         self._outbox = Outbox(journal.folder / "outbox", disk=journal.disk)
+        self._renewer = Renewer(journal.folder, disk=journal.disk, random=random, software=software)
+        self._relink = relink
+        self._has_other_certificate = False  # than the one that the link was made with
         self._role: Literal["train", "evaluate"] = role
         self._draw = draw
         self._participant = self._as_after_a_power_cut()
@@ -112,6 +124,11 @@ class Agent:
         self._present_since_s = 0.0
         self._collecting: dict[str, _Collected] = {}
         self._was_connected = False
+
+    @property
+    def link(self) -> Link:
+        """The present connection."""
+        return self._link
 
     @property
     def state(self) -> State:
@@ -125,7 +142,7 @@ class Agent:
             memory=self._journal.memory(),
             samples=self._bench.samples,
             role=self._role,
-            fleet_epoch=self.identity.fleet_epoch,
+            fleet_epochs=frozenset(self.identity.fleet_keys),
             draw=self._draw,
         )
 
@@ -145,10 +162,13 @@ class Agent:
         self._link.subscribe(self._asking_for)
         waiting = self._outbox.load()
         self._handle([] if waiting is None else [ev.Sealed(waiting)])
+        if self._renewer.offered(self.identity) is not None:
+            self._handle([ev.RenewalAsked(keys=True)])
 
     @property
     def _asking_for(self) -> list[str]:
-        return [self._topics.round, self._topics.all_down(self.identity.device)]
+        topics = self._topics
+        return [topics.identity, topics.round, topics.all_down(self.identity.device)]
 
     def end(self) -> None:
         """Stop working and say so: whatever ended the loop, nobody waits for this device."""
@@ -165,6 +185,18 @@ class Agent:
         if isinstance(event, Message):
             self._link.ack(event)
         self._show_state()
+        self._connect_anew()
+
+    def _connect_anew(self) -> None:
+        """Use a new certificate at once, or its faults would show when nobody is there to see."""
+        idle = self.state is State.IDLE and self._room_at_s is None
+        if not self._has_other_certificate or self._relink is None or not idle:
+            return
+        self._has_other_certificate = self._was_connected = False
+        self._handle([ev.LinkDown()])
+        self._link = self._relink(self._link, self.identity)
+        self._shown = None
+        self._link.subscribe(self._asking_for)
 
     def _work(self, event: LinkEvent | None) -> None:
         happened: list[ev.Event] = [ev.Tick(self._clock())]
@@ -239,6 +271,10 @@ class Agent:
         match self._topics.parse(message.topic):
             case "round" if message.payload:
                 return [self._announced(message.payload)]
+            case "identity" if message.payload:
+                self._hear_identity(message.payload)
+            case DownTopic(device, "cfg") if device == self.identity.device:
+                return self._hear_configuration(message.payload)
             case ("task" | "model") as kind if message.payload:
                 return self._collect(kind, message.payload)
             case DownTopic(device, kind) if device == self.identity.device and kind in _DOWN:
@@ -253,6 +289,51 @@ class Agent:
                              answer.status)  # fmt: skip
                 return [ev.Answered(answer)]
         return []
+
+    def _hear_identity(self, signed: bytes) -> None:
+        """The server's keys, as the root signed them: newer ones take the place of ours."""
+        new = identities.with_server(self.identity, signed)
+        if new is self.identity:
+            return
+        self._adopt(new)
+        log.info("the server has new keys, number %d", new.server_sequence)
+        self._link.subscribe([self._topics.round])  # the announcement may be signed by them
+
+    def _hear_configuration(self, signed: bytes) -> list[ev.Event]:
+        answer = messages.opened(
+            self.identity.server_sign, "cfg", self.identity.scope, signed,
+            Welcome | Refused | Renewal,
+        )  # fmt: skip
+        match answer:
+            case Refused(reason=reason):
+                log.warning("the server refuses: %s", reason)
+                return [ev.RenewalRefused(reason)]
+            case Renewal(keys=keys, spread_s=spread_s):
+                if is_meant(self.identity, answer):
+                    return [ev.RenewalAsked(keys, spread_s)]
+                return []
+        return [self._renewed(self._renewer.answer(self.identity, answer))]
+
+    def _renewed(self, new: Identity) -> ev.Renewed:
+        """What the server answered goes to the disk, and is used from now on."""
+        before = self.identity
+        has_new_keys = new.keys != before.keys
+        if has_new_keys:
+            # First: what is sealed under old keys must not be found beside new ones.
+            self._outbox.discard()
+        self._adopt(new)
+        if new.certificate_pem != before.certificate_pem:
+            self._has_other_certificate = True
+        log.info(
+            "renewed: fleet key %d, certificate %d%s",
+            new.fleet_epoch, new.certified_until, ", new keys" if has_new_keys else "",
+        )  # fmt: skip
+        return ev.Renewed(frozenset(new.fleet_keys), keys=has_new_keys)
+
+    def _adopt(self, new: Identity) -> None:
+        """When this returns, it survives."""
+        identities.save(self._journal.folder, new, disk=self._journal.disk)
+        self.identity = new
 
     def _announced(self, signed: bytes) -> ev.Announced:
         federation = self.identity.federation
@@ -283,7 +364,9 @@ class Agent:
         return self._fetched(kind, wanted.blob, content)
 
     def _begin_collecting(self, kind: str, blob: Blob) -> None:
-        pieces = blobs.collector(blob, fleet_key=self.identity.fleet_key)
+        keys = self.identity.fleet_keys
+        epoch = self._participant.fleet_epoch
+        pieces = blobs.collector(blob, fleet_key=keys.get(epoch, self.identity.fleet_key))
         self._collecting[kind] = _Collected(blob, pieces)
 
     def _stop_collecting(self, kind: str) -> None:
@@ -318,6 +401,9 @@ class Agent:
                 return self._seal(announcement, digest, go)
             case ev.Discard():
                 self._outbox.discard()
+            case ev.Renew(keys, attempt):
+                asked = self._renewer.question(self.identity, keys=keys, attempt=attempt)
+                self._publish("renew", asked)
             case ev.Stop(reason):
                 self._stop(reason)
         return []

@@ -13,7 +13,7 @@ import click
 from broker_bridge.config import assigned, load_config, overridden
 from broker_bridge.console import run_command, show_log, stop_on_signals
 from broker_bridge.errors import LocalError
-from broker_bridge.link.base import Message
+from broker_bridge.link.base import Link, Message
 from broker_bridge.link.paho_link import PahoLink
 from broker_bridge.systemd import Supervisor, unit_file
 from broker_bridge.wire import messages
@@ -146,31 +146,38 @@ def _run(
 ) -> None:
     journal = Journal(folder)
     boot = journal.boot()
-    topics = Topics(identity.federation)
-    lost = Presence(state="lost", boot=boot, role=settings.role)
-    link = PahoLink.open(
-        settings.broker_host or identity.broker_host,
-        settings.broker_port or identity.broker_port,
-        client_id=client_id(identity.device, identity.keys.tls_seed),
-        tls=identities.tls_files(folder, identity),
-        will=Message(topics.state(identity.device), messages.encode_json(lost), retained=True),
-        keepalive_s=settings.keepalive_s,
-        protocol=settings.mqtt,
-        packet_bytes_max=settings.packet_bytes_max,
-        inflight_max=settings.inflight_max,
-        publishes_per_s=settings.publishes_per_s,
-        wait_s=None,  # a device waits for its broker, however long
-    )
+
+    def connect(who: Identity) -> Link:
+        lost = Presence(state="lost", boot=boot, role=settings.role)
+        topic = Topics(who.federation).state(who.device)
+        return PahoLink.open(
+            settings.broker_host or who.broker_host,
+            settings.broker_port or who.broker_port,
+            client_id=client_id(who.device, who.keys.tls_seed),
+            tls=identities.tls_files(folder, who),
+            will=Message(topic, messages.encode_json(lost), retained=True),
+            keepalive_s=settings.keepalive_s,
+            protocol=settings.mqtt,
+            packet_bytes_max=settings.packet_bytes_max,
+            inflight_max=settings.inflight_max,
+            publishes_per_s=settings.publishes_per_s,
+            wait_s=None,  # a device waits for its broker, however long
+        )
+
+    def relink(old: Link, who: Identity) -> Link:
+        old.close()
+        return connect(who)
+
     sandbox = Sandbox(SandboxSettings.of(settings))
     agent = Agent(
-        identity, link, journal=journal, load=sandbox.load, role=settings.role, boot=boot,
-        draw=random.random,
+        identity, connect(identity), journal=journal, load=sandbox.load, role=settings.role,
+        boot=boot, draw=random.random, relink=relink, software=f"midge {version('midge')}",
     )  # fmt: skip
     try:
         agent.run(Supervisor().watched(stopped, lambda: agent.state.value))
     finally:
         sandbox.close()
-        link.close()
+        agent.link.close()
 
 
 @device.command("status")

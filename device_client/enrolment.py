@@ -83,7 +83,7 @@ def _converse(
     stopped: Callable[[], bool],
 ) -> Identity:
     topics = Topics(bundle.federation)
-    link.subscribe([topics.down(bundle.device, "cfg")])
+    link.subscribe([topics.identity, topics.down(bundle.device, "cfg")])
     until = time.monotonic() + wait_s
     ask_at = 0.0
     while time.monotonic() < until and not stopped():
@@ -95,6 +95,11 @@ def _converse(
         event = link.receive(0.5)
         if isinstance(event, Message):
             link.ack(event)
+            if event.topic == topics.identity:
+                newest = _newest(bundle, server, event.payload)
+                if newest != server:  # an old bundle: what was asked so far, nobody can open
+                    server, ask_at = newest, 0.0
+                continue
             answer = _understand(event, bundle, keys, server)
             if answer is not None:
                 return answer
@@ -117,6 +122,17 @@ def _request(bundle: Bundle, keys: Keys, server: ServerIdentity, software: str) 
     return messages.encode(message)
 
 
+def _newest(bundle: Bundle, server: ServerIdentity, signed: bytes) -> ServerIdentity:
+    """The server's identity with the higher number, of those that the root signed."""
+    try:
+        heard = enrolment.server_identity(
+            bytes.fromhex(bundle.root_public), bundle.federation, signed
+        )
+    except PeerError:
+        return server
+    return heard if heard.sequence > server.sequence else server
+
+
 def _understand(
     message: Message, bundle: Bundle, keys: Keys, server: ServerIdentity
 ) -> Identity | None:
@@ -131,6 +147,6 @@ def _understand(
         configured = enrolment.open_welcome(
             contact, answer, kem=keys.kem, server_kem=server.kem_public
         )
-        return identity.enrolled(bundle, keys, configured)
+        return identity.enrolled(bundle, keys, configured, server)
     except PeerError:
         return None  # forged, or for another: not worth ending the wait

@@ -39,6 +39,10 @@ __all__ = [
     "Memory",
     "Outgoing",
     "Remember",
+    "Renew",
+    "RenewalAsked",
+    "RenewalRefused",
+    "Renewed",
     "Room",
     "Seal",
     "Sealed",
@@ -147,6 +151,33 @@ class Sealed:
 
 
 @dataclass(frozen=True)
+class RenewalAsked:
+    """The server wants us to renew what we have, with new `keys` or without. Also at start, for
+    new keys that were not answered yet."""
+
+    keys: bool
+    spread_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Renewed:
+    """The server answered, and all is on disk: we have these fleet keys.
+
+    `keys`: our own are new ones. What was sealed under the old ones is of no use any more.
+    """
+
+    fleet_epochs: frozenset[int]
+    keys: bool = False
+
+
+@dataclass(frozen=True)
+class RenewalRefused:
+    """The server will not renew; `reason` is for a person."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
 class Room:
     """The link can take this many more publishes without queueing."""
 
@@ -165,6 +196,9 @@ Event = (
     | Evaluated
     | Failed
     | Sealed
+    | RenewalAsked
+    | Renewed
+    | RenewalRefused
     | Room
 )
 
@@ -237,10 +271,18 @@ class Discard:
 
 
 @dataclass(frozen=True)
+class Renew:
+    """Ask the server for what is newer, the `attempt`-th time; with `keys`, offer new ones."""
+
+    keys: bool
+    attempt: int
+
+
+@dataclass(frozen=True)
 class Stop:
     """Stop fetching, training or evaluating; `reason` is for a person."""
 
     reason: str
 
 
-Effect = Remember | Send | SendChunks | Fetch | Train | Evaluate | Seal | Discard | Stop
+Effect = Remember | Send | SendChunks | Fetch | Train | Evaluate | Seal | Discard | Renew | Stop

@@ -2,6 +2,7 @@
 
     identity.json    everything, 0600, replaced as a whole; the source of truth
     enrolling.json   the keys of an enrolment that has no answer yet
+    renewing.json    new keys that the server has not confirmed yet
     tls/             the PEM files that TLS wants, written again from identity.json
 
 The keys are made here and their secret halves never leave this folder. A power cut
@@ -21,10 +22,11 @@ from broker_bridge.errors import LocalError, PeerError
 from broker_bridge.link.tls import TlsFiles
 from broker_bridge.wire.enrolment import Bundle, Contact, server_identity
 from broker_bridge.wire.envelope import KEY_BYTES, KemKey, SignKey, fingerprint, random_bytes
-from broker_bridge.wire.messages import Configured
+from broker_bridge.wire.messages import Configured, ServerIdentity
 from broker_bridge.wire.topics import is_name
 
 __all__ = [
+    "FleetKey",
     "Identity",
     "Keys",
     "bootstrap_files",
@@ -32,14 +34,20 @@ __all__ = [
     "enrolled",
     "load",
     "new_keys",
+    "offered_keys",
     "pending_keys",
     "read_bundle",
+    "renewed",
+    "renewing_keys",
     "save",
     "tls_files",
+    "with_server",
 ]
 
 T = TypeVar("T")
 Key = Annotated[bytes, Meta(min_length=KEY_BYTES, max_length=KEY_BYTES)]
+
+_FORMER_MAX = 4  # fleet keys beside the newest
 
 # RFC 8410 §7: what stands before the 32 bytes of an Ed25519 private key in PKCS #8.
 _PKCS8_ED25519 = bytes.fromhex("302e020100300506032b657004220420")
@@ -76,6 +84,16 @@ class Keys(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return f"Keys({self.fingerprint})"
 
 
+class FleetKey(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What opened task and model in an epoch. `repr` shows no secret."""
+
+    epoch: int
+    key: Key
+
+    def __repr__(self) -> str:
+        return f"FleetKey({self.epoch})"
+
+
 class Identity(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """An enrolled device. `repr` shows no secret."""
 
@@ -87,12 +105,16 @@ class Identity(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     root_public: Key
     server_sign: Key
     server_kem: Key
+    server_sequence: int = 0
     keys: Keys
     psk: Key
     fleet_epoch: int
     fleet_key: Key
+    former: tuple[FleetKey, ...] = ()  # an open round keeps the key that it began with
     ca_pem: str
     certificate_pem: str
+    certified_until: int = 0  # names the certificate; nothing here compares it with a clock
+    floor_s: float = 0.0  # it is later than this: the server said so, signed
 
     def __post_init__(self) -> None:
         if not (is_name(self.federation) and is_name(self.device)):
@@ -106,6 +128,11 @@ class Identity(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         """What signatures between the server and this device are bound to."""
         return f"{self.federation}/{self.device}"
 
+    @property
+    def fleet_keys(self) -> dict[int, bytes]:
+        """The fleet keys we have, by epoch."""
+        return {each.epoch: each.key for each in self.former} | {self.fleet_epoch: self.fleet_key}
+
 
 def new_keys(random: Callable[[int], bytes] = random_bytes) -> Keys:
     """Make keys, from the operating system's randomness unless told otherwise."""
@@ -117,18 +144,52 @@ def pending_keys(
 ) -> Keys:
     """The keys of an enrolment under way: those found, else new ones, on disk before use."""
     path = folder / "enrolling.json"
-    if disk.exists(path):
-        return _read(path, Keys, disk)
-    make_folder(folder, disk=disk)
+    return _read(path, Keys, disk) if disk.exists(path) else _make_keys(path, disk, random)
+
+
+def renewing_keys(
+    folder: Path,
+    identity: Identity,
+    *,
+    disk: Disk = REAL_DISK,
+    random: Callable[[int], bytes] = random_bytes,
+) -> Keys:
+    """The keys that a renewal offers: those found, else new ones, on disk before use."""
+    found = offered_keys(folder, identity, disk=disk)
+    return found or _make_keys(folder / "renewing.json", disk, random)
+
+
+def offered_keys(folder: Path, identity: Identity, *, disk: Disk = REAL_DISK) -> Keys | None:
+    """The new keys that the server has not confirmed yet, if there are any that can be read."""
+    path = folder / "renewing.json"
+    if not disk.exists(path):
+        return None
+    with disk_errors(path):
+        data = disk.read(path)
+    try:
+        found = msgspec.json.decode(data, type=Keys)
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        return None  # damaged: other ones are offered
+    return None if found == identity.keys else found  # the power went just after they became ours
+
+
+def _make_keys(path: Path, disk: Disk, random: Callable[[int], bytes]) -> Keys:
+    make_folder(path.parent, disk=disk)
     keys = new_keys(random)
     write_atomic(path, msgspec.json.encode(keys), disk=disk)
     return keys
 
 
-def enrolled(bundle: Bundle, keys: Keys, configured: Configured) -> Identity:
-    """Put together what the bundle pinned, the device made, and the server answered."""
+def enrolled(
+    bundle: Bundle, keys: Keys, configured: Configured, server: ServerIdentity | None = None
+) -> Identity:
+    """Put together what the bundle pinned, the device made, and the server answered.
+
+    `server`: its identity, if a newer one than the bundle's was heard.
+    """
     root = bytes.fromhex(bundle.root_public)
-    server = server_identity(root, bundle.federation, bytes.fromhex(bundle.server_identity))
+    if server is None:
+        server = server_identity(root, bundle.federation, bytes.fromhex(bundle.server_identity))
     return Identity(
         federation=bundle.federation,
         device=bundle.device,
@@ -137,20 +198,63 @@ def enrolled(bundle: Bundle, keys: Keys, configured: Configured) -> Identity:
         root_public=root,
         server_sign=server.sign_public,
         server_kem=server.kem_public,
+        server_sequence=server.sequence,
         keys=keys,
         psk=bytes.fromhex(bundle.token),
         fleet_epoch=configured.fleet_epoch,
         fleet_key=configured.fleet_key,
         ca_pem=bundle.ca_pem,
         certificate_pem=configured.certificate_pem,
+        certified_until=configured.certified_until,
+        floor_s=configured.issued_at,
     )
 
 
+def renewed(identity: Identity, configured: Configured, keys: Keys) -> Identity:
+    """The identity after an answer to our `Renew`, which was opened with `keys`."""
+    if configured.device != identity.device:
+        raise PeerError("other_device", "an answer for another device")
+    held = identity.fleet_keys | {configured.fleet_epoch: configured.fleet_key}
+    newest = max(held)
+    others = sorted((FleetKey(e, k) for e, k in held.items() if e != newest), key=_epoch)
+    changed = {} if not configured.certificate_pem else {
+        "certificate_pem": configured.certificate_pem,
+        "certified_until": configured.certified_until,
+    }  # fmt: skip
+    return msgspec.structs.replace(
+        identity, keys=keys, fleet_epoch=newest, fleet_key=held[newest],
+        former=tuple(others[-_FORMER_MAX:]), floor_s=max(identity.floor_s, configured.issued_at),
+        **changed,
+    )  # fmt: skip
+
+
+def _epoch(key: FleetKey) -> int:
+    return key.epoch
+
+
+def with_server(identity: Identity, signed: bytes) -> Identity:
+    """The identity with the server's newest keys, as the root signed them; itself if these are
+    no news. Raises PeerError for what the root did not sign, and for a second word on one
+    sequence."""
+    server = server_identity(identity.root_public, identity.federation, signed)
+    same = (server.sign_public, server.kem_public) == (identity.server_sign, identity.server_kem)
+    if server.sequence < identity.server_sequence or same:
+        return identity
+    if server.sequence == identity.server_sequence:
+        raise PeerError("two_identities", "the root signed two servers with one number")
+    return msgspec.structs.replace(
+        identity, server_sign=server.sign_public, server_kem=server.kem_public,
+        server_sequence=server.sequence,
+    )  # fmt: skip
+
+
 def save(folder: Path, identity: Identity, *, disk: Disk = REAL_DISK) -> None:
-    """Write the identity down, whole, then forget the enrolment."""
+    """Write the identity down, whole, then forget the enrolment, and new keys that it has."""
     write_atomic(folder / "identity.json", msgspec.json.encode(identity), disk=disk)
     with disk_errors(folder):
         disk.unlink(folder / "enrolling.json")
+        if offered_keys(folder, identity, disk=disk) is None:
+            disk.unlink(folder / "renewing.json")
 
 
 def load(folder: Path, *, disk: Disk = REAL_DISK) -> Identity | None:
@@ -173,7 +277,9 @@ def _read(path: Path, kind: type[T], disk: Disk) -> T:
 def tls_files(folder: Path, identity: Identity) -> TlsFiles:
     """Write the PEM files for TLS and say where they are."""
     key = _pem("PRIVATE KEY", _PKCS8_ED25519 + identity.keys.tls_seed)
-    return _write_pem(folder / "tls", identity.ca_pem, identity.certificate_pem, key)
+    return _write_pem(
+        folder / "tls", identity.ca_pem, identity.certificate_pem, key, floor_s=identity.floor_s
+    )
 
 
 def bootstrap_files(folder: Path, bundle: Bundle) -> TlsFiles:
@@ -183,6 +289,7 @@ def bootstrap_files(folder: Path, bundle: Bundle) -> TlsFiles:
         bundle.ca_pem,
         bundle.bootstrap_certificate_pem,
         bundle.bootstrap_key_pem,
+        floor_s=0.0,
     )
 
 
@@ -206,10 +313,10 @@ def contact(bundle: Bundle) -> Contact:
     return Contact(bundle.federation, bundle.device, bytes.fromhex(bundle.token))
 
 
-def _write_pem(folder: Path, ca: str, certificate: str, key: str) -> TlsFiles:
+def _write_pem(folder: Path, ca: str, certificate: str, key: str, *, floor_s: float) -> TlsFiles:
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    files = TlsFiles(folder / "ca.pem", folder / "device.pem", folder / "device.key")
+    files = TlsFiles(folder / "ca.pem", folder / "device.pem", folder / "device.key", floor_s)
     for path, text in ((files.ca, ca), (files.certificate, certificate), (files.key, key)):
         if path is not None and (not path.exists() or path.read_text() != text):
             write_atomic(path, text.encode())

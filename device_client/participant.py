@@ -48,6 +48,9 @@ from device_client.events import (
     LinkUp,
     Memory,
     Remember,
+    RenewalAsked,
+    RenewalRefused,
+    Renewed,
     Room,
     Seal,
     Sealed,
@@ -58,6 +61,7 @@ from device_client.events import (
     Train,
     Trained,
 )
+from device_client.renewing import SPREAD_S, Renewing
 
 __all__ = ["Participant", "State"]
 
@@ -90,7 +94,7 @@ class Participant:
         memory: Memory,
         samples: int,
         role: Literal["train", "evaluate"] = "train",
-        fleet_epoch: int = 0,
+        fleet_epochs: frozenset[int] = frozenset({0}),
         draw: Callable[[], float],
     ) -> None:
         self.device = device
@@ -99,8 +103,10 @@ class Participant:
         self.role = role
         self.state = State.IDLE
         self.detail = ""
-        self._fleet_epoch = fleet_epoch
+        self._fleet_epochs = fleet_epochs  # whose keys we have
         self._draw = draw  # uniform in [0, 1)
+        self._renewing = Renewing(draw)
+        self._sealed_news: Announced | None = None  # of a fleet key that we wait for
         self._now_s = 0.0
         self._at_s = 0.0  # when to act next if nothing is heard
         self._asked_s = 0.0
@@ -121,6 +127,12 @@ class Participant:
         """The round the device is in, or the last one it saw."""
         return self.memory.round
 
+    @property
+    def fleet_epoch(self) -> int:
+        """Which fleet key opens task and model of the round the device is in."""
+        newest = max(self._fleet_epochs)
+        return newest if self._announcement is None else self._announcement.fleet_epoch
+
     def step(self, event: Event) -> list[Effect]:
         """Take one event, change, and say what to do."""
         match event:
@@ -129,6 +141,7 @@ class Participant:
                 return self._tick()
             case LinkUp():
                 self._limits, self._connected, self._tries = event, True, 0
+                self._renewing.connected(self._now_s)
                 return self._connected_again()
             case LinkDown():
                 self._connected = False
@@ -149,6 +162,15 @@ class Participant:
                 return self._failed(number, reason)
             case Sealed(init):
                 return self._sealed(init)
+            case RenewalAsked(keys, spread_s):
+                self._renewing.want(self._now_s, keys=keys, spread_s=spread_s)
+                return []
+            case Renewed():
+                return self._renewed(event)
+            case RenewalRefused(reason):
+                self.detail = reason
+                self._renewing.refused(self._now_s)
+                return []
             case Room(publishes):
                 return self._send_some(publishes)
 
@@ -158,9 +180,8 @@ class Participant:
         number = announcement.round
         if number < self.memory.round:
             return []  # stale or replayed: rounds only grow
-        if announcement.fleet_epoch != self._fleet_epoch:
-            self.detail = "the fleet key changed; waiting for the server to send the new one"
-            return []
+        if announcement.fleet_epoch not in self._fleet_epochs:
+            return self._sealed_for_others(announcement, digest)
         if announcement.state == "closed":
             return self._closed(announcement)
         if number == self.memory.round and digest != self.memory.digest:
@@ -168,6 +189,34 @@ class Participant:
         if digest == self._digest:
             return self._announced_again(announcement)
         return self._opened(announcement, digest)
+
+    def _sealed_for_others(self, announcement: Announcement, digest: bytes) -> list[Effect]:
+        """Task and model are sealed under a fleet key that we have not."""
+        effects: list[Effect] = []
+        if announcement.state == "closed" and self.role == "train":
+            effects = self._closed(announcement)  # its end needs no key
+        if announcement.fleet_epoch < max(self._fleet_epochs):
+            self.detail = "this round is sealed under a fleet key from before our time"
+            return effects
+        self.detail = "the fleet key changed; asking the server for the new one"
+        known, self._sealed_news = self._sealed_news, Announced(announcement, digest)
+        anew = known is None or announcement.round > known.announcement.round
+        spread_s = max(announcement.jitter_s, SPREAD_S)
+        self._renewing.want(self._now_s, spread_s=spread_s, anew=anew)
+        return effects
+
+    def _renewed(self, event: Renewed) -> list[Effect]:
+        """The server answered: take up what waited for it."""
+        self._fleet_epochs = event.fleet_epochs
+        self._renewing.done(keys=event.keys)
+        effects: list[Effect] = []
+        if event.keys and self._outbox is not None:
+            if self.state is State.UPLOADING:
+                effects += self._begin_anew()
+            else:
+                self._outbox = None
+        news, self._sealed_news = self._sealed_news, None
+        return effects + ([] if news is None else self._announced(news.announcement, news.digest))
 
     def _connected_again(self) -> list[Effect]:
         match self.state:
@@ -218,7 +267,7 @@ class Participant:
             return effects + self._remember(done=True)
         self.state = State.WAITING
         self._at_s = self._now_s + self._draw() * announcement.jitter_s
-        return effects + self._tick()
+        return effects + self._tick_of_round()
 
     def _remember(self, **changes: object) -> list[Effect]:
         self.memory = replace(self.memory, **changes)  # type: ignore[arg-type]
@@ -240,6 +289,12 @@ class Participant:
     # ── joining ─────────────────────────────────────────────────────────────────────────
 
     def _tick(self) -> list[Effect]:
+        renew = self._renewing if self._connected else None
+        at_rest = self.state is State.IDLE and self._outbox is None
+        asked: list[Effect] = [] if renew is None else [*renew.due(self._now_s, at_rest=at_rest)]
+        return asked + self._tick_of_round()
+
+    def _tick_of_round(self) -> list[Effect]:
         if self._announcement is not None and self._now_s >= self._over_s and self._busy_in_round:
             effects = self._leave("the round's deadline is over")
             return effects + self._remember(done=True)

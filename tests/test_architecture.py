@@ -42,6 +42,7 @@ PURE = (
     "broker_bridge/wire/",
     "broker_bridge/task/taskfile.py",
     "device_client/participant.py",
+    "device_client/renewing.py",
     "server/coordinator.py",
     "server/round.py",
     "server/cohort.py",

@@ -2,7 +2,9 @@
 
 Promises: the broker's certificate and host name are always verified, TLS 1.2 is
 the least, and every way a connection can fail becomes one sentence that a person
-can act on. Promises nothing about what the broker does with what it is sent: that
+can act on. A machine whose clock may be wrong gives a time that it knows has passed
+(`floor_s`), and the certificate's dates are held against that and never against the clock.
+Promises nothing about what the broker does with what it is sent: that
 is what sealing is for.
 """
 
@@ -18,11 +20,16 @@ __all__ = ["Failure", "TlsFiles", "client_context", "explain", "explain_tls"]
 
 @dataclass(frozen=True)
 class TlsFiles:
-    """Where the PEM files are: the CA we trust, and who we are to the broker."""
+    """Where the PEM files are: the CA we trust, and who we are to the broker.
+
+    `floor_s`: seconds since 1970 that have surely passed, for a machine whose clock is not to
+    be believed. None: the clock is right.
+    """
 
     ca: Path
     certificate: Path | None = None
     key: Path | None = None
+    floor_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -34,12 +41,46 @@ class Failure:
     try_older_mqtt: bool = False
 
 
+# OpenSSL's X509_V_FLAG_NO_CHECK_TIME (1.1.0 and later), which `ssl` has no name for.
+_NO_CHECK_TIME = 0x200000
+
+
+class _DatedSocket(ssl.SSLSocket):
+    """Holds the end of the peer's certificate against the floor, once the rest is verified."""
+
+    def do_handshake(self, block: bool = False) -> None:
+        super().do_handshake(block)
+        ends = str((self.getpeercert() or {}).get("notAfter", ""))
+        floor_s = getattr(self.context, "floor_s", 0.0)
+        if not ends or ssl.cert_time_to_seconds(ends) < floor_s:
+            error = ssl.SSLCertVerificationError(1, "certificate has expired")
+            error.verify_message = f"certificate has expired ({ends})"
+            raise error
+
+
+class _FlooredContext(ssl.SSLContext):
+    """Verifies all but dates; `_DatedSocket` looks at those."""
+
+    sslsocket_class = _DatedSocket
+    floor_s = 0.0
+
+
+def _context(floor_s: float | None) -> ssl.SSLContext:
+    """It verifies certificate and host name, as PROTOCOL_TLS_CLIENT does."""
+    if floor_s is None:
+        return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context = _FlooredContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.verify_flags |= _NO_CHECK_TIME
+    context.floor_s = floor_s
+    return context
+
+
 def client_context(files: TlsFiles) -> ssl.SSLContext:
     """Return a context that trusts `files.ca` and nobody else.
 
     Raises LocalError, naming the file, when one is missing, unreadable or no PEM.
     """
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # verifies certificate and host name
+    context = _context(files.floor_s)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     _check_readable(files.ca, "CA certificate")
     try:
