@@ -13,11 +13,11 @@ Samples are stored as the sensor gave them; a task's standardisation is applied 
 are read, so that the next task may standardise otherwise.
 """
 
+import contextlib
 import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -230,7 +230,12 @@ def read_store(path: Path, task: Task) -> Samples:
     if not len(reader.ids):
         raise LocalError(f"{path} holds no samples yet; let the sensor record some")
     labels = [_checked(task, inputs, reader.labels, each) for each in _blocks(len(reader.ids))]
-    return Samples(inputs, np.concatenate(labels), checked_for=task)  # type: ignore[arg-type]
+    return Samples(
+        inputs,  # type: ignore[arg-type]
+        np.concatenate(labels),
+        checked_for=task,
+        descriptors=_descriptors(path),
+    )
 
 
 def _checked(
@@ -239,6 +244,17 @@ def _checked(
     """The labels of a block of samples that fit the task; its inputs are let go again."""
     samples = Samples(tuple(rows[block] for rows in inputs), labels[block])
     return check_samples(task, samples).labels
+
+
+def _descriptors(path: Path) -> tuple[int, ...]:
+    """What SQLite has open of this store: the file, its journal, and the journal's index."""
+    found = []
+    with contextlib.suppress(OSError):
+        for each in Path("/proc/self/fd").iterdir():
+            with contextlib.suppress(OSError):  # the folder's own, gone by now
+                if str(each.readlink()).startswith(str(path.resolve())):
+                    found.append(int(each.name))
+    return tuple(found)
 
 
 def _blocks(count: int) -> Iterator[slice]:
@@ -262,7 +278,7 @@ def _damaged(path: Path) -> LocalError:
     )
 
 
-@contextmanager
+@contextlib.contextmanager
 def _transaction(db: sqlite3.Connection) -> Iterator[None]:
     db.execute("begin immediate")
     try:
@@ -273,7 +289,7 @@ def _transaction(db: sqlite3.Connection) -> Iterator[None]:
     db.execute("commit")
 
 
-@contextmanager
+@contextlib.contextmanager
 def _sqlite_errors(path: Path) -> Iterator[None]:
     """Turn what SQLite says into one sentence."""
     try:

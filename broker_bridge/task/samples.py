@@ -28,13 +28,15 @@ Array = NDArray[Any]
 class Samples:
     """Inputs, labels and, if they do not count alike, weights. The first axis is the samples.
 
-    Inputs that lie on a disk need no more than a length, a shape, a dtype and `rows[indices]`.
+    Inputs that lie on a disk need no more than a length, a shape, a dtype and `rows[indices]`;
+    `descriptors` are what they are read through, to be left open.
     """
 
     inputs: tuple[Array, ...]
     labels: Array
     weights: Array | None = None
     checked_for: Task | None = field(default=None, repr=False, compare=False)
+    descriptors: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)

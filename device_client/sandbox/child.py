@@ -245,7 +245,9 @@ def _serve(line: _Line, memory_bytes: int) -> None:
         line.say(_failure(LocalError(error_sentence)))
         raise _OverError from None
     held = confinement.lock(
-        keep=line.descriptor, threads=load.threads > 1, memory_bytes=memory_bytes
+        keep=(line.descriptor, *(samples.descriptors if samples is not None else ())),
+        threads=load.threads > 1,
+        memory_bytes=memory_bytes,
     )
     line.say(talk.Ready(samples=0 if samples is None else len(samples), confinement=held))
     _Worker(line, load, samples).serve()

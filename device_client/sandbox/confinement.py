@@ -12,6 +12,7 @@ import os
 import platform
 import signal
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 import msgspec
@@ -57,8 +58,8 @@ def begin(*, parent: int, memory_bytes: int) -> int:
     return memory_bytes if _limit("RLIMIT_DATA", memory_bytes) else 0
 
 
-def lock(*, keep: int, threads: bool, memory_bytes: int) -> Confinement:
-    """Give up everything but the descriptor `keep`, memory and, if `threads`, more threads."""
+def lock(*, keep: Collection[int], threads: bool, memory_bytes: int) -> Confinement:
+    """Give up everything but the descriptors `keep`, memory and, if `threads`, more threads."""
     _forget_environment()
     _close_all_but(keep)
     _limit("RLIMIT_CORE", 0)
@@ -132,7 +133,7 @@ def _forget_environment() -> None:
         ctypes.memset(start, 0, end - start)
 
 
-def _close_all_but(keep: int) -> None:
+def _close_all_but(keep: Collection[int]) -> None:
     nothing = os.open(os.devnull, os.O_RDWR)
     for standard in (0, 1, 2):
         os.dup2(nothing, standard)
@@ -142,7 +143,7 @@ def _close_all_but(keep: int) -> None:
     except OSError:
         opened = list(range(3, 1024))
     for descriptor in opened:
-        if descriptor > 2 and descriptor != keep:
+        if descriptor > 2 and descriptor not in keep:
             try:
                 os.close(descriptor)
             except OSError:

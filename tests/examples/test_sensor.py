@@ -27,6 +27,15 @@ def test_what_the_sensor_recorded_is_trained_on(tmp_path):
     assert found["curve"][-1] < found["curve"][0]
 
 
+def test_a_store_larger_than_any_cache_is_trained_on_in_the_locked_process(tmp_path):
+    store = tmp_path / "samples.db"
+    assert run(*RECORD, str(store), "--hz", "0", "--readings", "100000").returncode == 0
+    assert store.stat().st_size > 4_000_000
+    done = run(*DEVICE, "try", str(TASK), "--data", f"store:{store}", "--epochs", "1", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["samples"] == (100_000 - ROWS) // HOP + 1
+
+
 def test_a_window_never_holds_two_labels(tmp_path):
     plan, _ = decode_task(TASK.read_bytes())
     path = tmp_path / "samples.db"
