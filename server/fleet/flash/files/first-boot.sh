@@ -5,8 +5,11 @@
 #
 # Taken off is not erased: flash memory may keep old blocks. That is why the token enrols one
 # device, once, and only for some days.
+#
+# With a folder as its argument it installs into that, and leaves systemd alone.
 set -u
 umask 077
+root=${1:-}
 here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
 boot=$(dirname -- "$here")
 mkdir -p "$here/log"
@@ -22,9 +25,9 @@ forget() { # overwrite, then remove
 }
 
 finish() {
-    cp "$here/midge-report.service" "$here/midge-report.timer" /etc/systemd/system/
-    cp "$here/report.sh" /opt/midge/bin/midge-report
-    chmod 755 /opt/midge/bin/midge-report
+    cp "$here/midge-report.service" "$here/midge-report.timer" "$root/etc/systemd/system/"
+    cp "$here/report.sh" "$root/opt/midge/bin/midge-report"
+    chmod 755 "$root/opt/midge/bin/midge-report"
     forget "$here/device.bundle" "$here"/data/*
     # cloud-init wrote the network down on the card's other partition; it reads this file again
     # only for another instance-id.
@@ -34,16 +37,18 @@ finish() {
         mv -f "$here/network-config.new" "$boot/network-config"
     fi
     rm -rf "$here/wheels" "$here/tasks" "$here/data"
-    systemctl daemon-reload
-    systemctl --quiet disable midge-first-boot.service
-    systemctl --quiet enable --now --no-block midge-report.timer
-    rm -f "$here/first-boot.sh" /etc/systemd/system/midge-first-boot.service
+    if [ -z "$root" ]; then
+        systemctl daemon-reload
+        systemctl --quiet disable midge-first-boot.service
+        systemctl --quiet enable --now --no-block midge-report.timer
+    fi
+    rm -f "$here/first-boot.sh" "$root/etc/systemd/system/midge-first-boot.service"
     sync
 }
 
 {
     echo "first boot on $(date -u '+%Y-%m-%d %H:%M:%S') UTC, $(uname -sr), $(tr -d '\000' 2>/dev/null </proc/device-tree/model)"
-    if sh "$here/install.sh"; then
+    if sh "$here/install.sh" ${root:+--root "$root"}; then
         finish
         echo "result: installed"
     else

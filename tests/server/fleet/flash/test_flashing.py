@@ -1,0 +1,221 @@
+"""Cards are written byte for byte, checked, booted from, read again, and made what they were."""
+
+import subprocess
+import sys
+
+import pytest
+
+from broker_bridge.errors import LocalError
+from server.fleet.flash import flashing
+from server.fleet.flash.card import FolderCard, ImageCard
+from server.fleet.flash.diagnosis import diagnose
+from server.fleet.flash.firstboot import Login, wifi
+from server.fleet.flash.flashing import Settings
+from server.fleet.flash.parcel import file_of_ours, parcel, settings_text
+from server.fleet.flash.targets import TARGETS
+from server.fleet.flash.wheelhouse import cache_folder
+from tests import cards
+
+TOKEN = b'{"token": "a secret of one device"}\n'
+WIFI = wifi("Ward 3", "correct horse", country="GB")
+SETTINGS = Settings(
+    device="ward-3", instance="midge-1", wifi=WIFI,
+    login=Login("pi", "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIB ann"),
+)  # fmt: skip
+MADE_AT = 1_790_000_000
+
+
+def flash(card, *, targets=None, settings=SETTINGS, made_at=MADE_AT):
+    """Write what `midge flash` writes; return all of it by name."""
+    system = flashing.check_card(card, replace=False)
+    wanted = targets or (system.target,)
+    cards.wheels_or_skip(*wanted)
+    files = parcel(
+        wanted, cache_folder(), made_at=made_at, bundle=TOKEN,
+        settings=settings_text(data="npz:/var/lib/midge/data/samples.npz", role="train"),
+        extra={"data/samples.npz": b"samples of one person"},
+    )  # fmt: skip
+    content = flashing.boot_files(card, system, settings, files)
+    flashing.write(card, system, settings, content, made_at=made_at, token_expires="tomorrow")
+    return content
+
+
+@pytest.mark.parametrize("files", [cards.TRIXIE, cards.BOOKWORM], ids=["trixie", "bookworm"])
+def test_an_image_is_written_byte_for_byte_and_made_what_it_was(tmp_path, files):
+    image = cards.make_image(tmp_path / "card.img", files, megabytes=80)
+    card = ImageCard(image)
+    content = flash(card)
+    # Read by another way than it was written.
+    found = cards.everything_in(image, tmp_path / "read")
+    assert {name: found.get(name) for name in content} == content
+    assert cards.check_fat(cards.boot_partition(image, tmp_path / "boot.fat"))
+    manifest = flashing.manifest(card)
+    assert manifest is not None
+    assert flashing.differences(card, manifest) == []
+    assert set(found) == set(files) | set(content) | {
+        "midge/.orig/manifest.json", *(f"midge/.orig/{name}" for name in manifest.kept)
+    }  # fmt: skip
+    assert found["cmdline.txt"].count(b"\n") == 1
+    assert b"correct horse" not in b"".join(found[name] for name in found if ".whl" not in name)
+
+    flashing.undo(card)
+    assert cards.everything_in(image, tmp_path / "undone") == files
+    assert cards.check_fat(cards.boot_partition(image, tmp_path / "boot.fat"))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A card with trixie, mounted."""
+    return cards.make_folder(tmp_path / "bootfs", cards.TRIXIE)
+
+
+def test_a_card_written_twice_is_still_made_what_it_was_at_first(folder):
+    card = FolderCard(folder)
+    flash(card)
+    content = flash(card, settings=Settings(device="ward-4", instance="midge-2"))
+    assert content["cmdline.txt"].count(b"ds=nocloud") == 1
+    found = flashing.manifest(card)
+    assert found is not None
+    assert found.device == "ward-4"
+    flashing.undo(card)
+    assert cards.tree_of(folder) == cards.TRIXIE
+    with pytest.raises(LocalError, match="nothing to undo"):
+        flashing.undo(card)
+
+
+def test_a_card_that_imager_prepared_is_left_alone_unless_told(folder):
+    (folder / "user-data").write_text("#cloud-config\nhostname: mine\n")
+    before = cards.tree_of(folder)
+    with pytest.raises(LocalError, match="--replace"):
+        flashing.check_card(FolderCard(folder), replace=False)
+    assert cards.tree_of(folder) == before
+    assert flashing.check_card(FolderCard(folder), replace=True).cloud_init
+
+
+def test_a_changed_file_is_found(folder):
+    card = FolderCard(folder)
+    flash(card)
+    (folder / "network-config").write_text("network: {}\n")
+    (folder / "midge" / "install.sh").unlink()
+    found = flashing.manifest(card)
+    assert found is not None
+    assert set(flashing.differences(card, found)) == {"network-config", "midge/install.sh"}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{", "[]", '{"device": 1}',
+        '{"device":"a","system":"s","made_at":1,"token_expires":"","kept":["../x"],"wrote":{}}',
+        '{"device":"a","system":"s","made_at":1,"token_expires":"","kept":[],"wrote":{"../x":""}}',
+    ],
+)  # fmt: skip
+def test_a_manifest_from_somewhere_else_is_believed_nothing(folder, text):
+    cards.make_folder(folder, {"midge/.orig/manifest.json": text.encode()})
+    with pytest.raises(LocalError, match="manifest"):
+        flashing.undo(FolderCard(folder))
+
+
+# ── On the device ───────────────────────────────────────────────────────────────────────
+
+
+def findings(folder):
+    return {f.check: f for f in diagnose(FolderCard(folder))}
+
+
+def test_the_first_boot_installs_and_takes_every_secret_off_the_card(folder, tmp_path):
+    target = cards.target_of_this_machine()
+    flash(FolderCard(folder), targets=(target,))
+    assert "not booted" in findings(folder)["first boot"].found
+    root = tmp_path / "root"
+    done = subprocess.run(
+        ["sh", str(folder / "midge" / "first-boot.sh"), str(root)], capture_output=True,
+        text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    log = (folder / "midge/log/install.txt").read_text()
+    assert log.endswith("result: installed\n"), log
+    assert (root / "var/lib/midge/device.bundle").read_bytes() == TOKEN
+    assert (root / "var/lib/midge/data/samples.npz").read_bytes() == b"samples of one person"
+    left = b"".join(cards.tree_of(folder).values())
+    assert TOKEN.strip() not in left
+    assert b"samples of one person" not in left
+    assert WIFI.psk.encode() not in left
+    assert "erased" in (folder / "network-config").read_text()
+    assert not (folder / "midge" / "first-boot.sh").exists()
+    assert not (folder / "midge" / "wheels").exists()
+    found = findings(folder)
+    assert [f.level for f in found.values()] == ["ok", "ok", "ok", "ok", "warning"]
+    assert "not reported yet" in found["report"].found
+
+
+def test_a_first_boot_that_fails_says_why_and_keeps_what_it_needs_to_try_again(folder, tmp_path):
+    target = cards.target_of_this_machine()
+    flash(FolderCard(folder), targets=(target,))
+    (folder / "midge" / "uninstall.sh").write_text("something else\n")
+    subprocess.run(
+        ["sh", str(folder / "midge" / "first-boot.sh"), str(tmp_path / "root")], check=True
+    )
+    assert "damaged" in findings(folder)["installation"].found
+    assert (folder / "midge" / "device.bundle").read_bytes() == TOKEN
+    (folder / "midge" / "uninstall.sh").write_bytes(file_of_ours("uninstall.sh"))
+    subprocess.run(
+        ["sh", str(folder / "midge" / "first-boot.sh"), str(tmp_path / "root")], check=True
+    )
+    assert findings(folder)["installation"].level == "ok"
+
+
+@pytest.mark.parametrize(
+    ("report", "check", "words"),
+    [
+        ("service=active enrolled=yes addresses=10.0.0.7 clock-synchronised=yes", "", ""),
+        ("service=activating enrolled=no addresses=none", "network", "no address"),
+        ("service=activating enrolled=no addresses=10.0.0.7\nagent cannot reach the broker",
+         "enrolment", "cannot reach the broker"),
+        ("service=failed enrolled=yes addresses=10.0.0.7\nagent no such file", "service",
+         "no such file"),
+        ("service=\x1b[31mred enrolled=no", "service", "?[31mred"),
+    ],
+)  # fmt: skip
+def test_doctor_reads_what_the_device_reported(folder, report, check, words):
+    card = FolderCard(folder)
+    flash(card)
+    cards.make_folder(
+        folder,
+        {"midge/log/install.txt": b"first boot\nmidge: installed\nresult: installed\n",
+         "midge/log/agent.txt": report.encode()},
+    )  # fmt: skip
+    (folder / "midge" / "device.bundle").unlink()
+    problems = {f.check: f for f in diagnose(card) if f.level == "problem"}
+    if check:
+        assert words in problems[check].found
+        assert problems[check].advice
+    else:
+        assert problems == {}
+
+
+def test_doctor_knows_a_card_that_midge_never_wrote(folder):
+    assert "nothing" in findings(folder)["midge"].found
+
+
+# ── The units ───────────────────────────────────────────────────────────────────────────
+
+
+def test_systemd_accepts_the_units(tmp_path):
+    for name in ("midge-first-boot.service", "midge-report.service", "midge-report.timer"):
+        text = file_of_ours(name).decode().replace("/opt/midge/bin/midge-report", sys.executable)
+        (tmp_path / name).write_text(text)
+    done = subprocess.run(
+        ["systemd-analyze", "verify", *map(str, sorted(tmp_path.iterdir()))],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr.replace("\n", "")) == (0, "")
+
+
+def test_every_target_is_pinned_by_hash():
+    for target in TARGETS:
+        pinned = target.pinned()
+        assert {p.name for p in pinned} >= {"click", "msgspec", "numpy", "paho-mqtt", "pynacl"}
+        assert all(p.version and p.hashes for p in pinned)
+        assert all(len(h) == 64 and set(h) <= set("0123456789abcdef") for p in pinned
+                   for h in p.hashes)  # fmt: skip
