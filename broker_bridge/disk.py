@@ -29,6 +29,7 @@ __all__ = [
     "RealDisk",
     "disk_errors",
     "make_folder",
+    "owner_only",
     "sync_folder",
     "write_all",
     "write_atomic",
@@ -209,6 +210,14 @@ def write_atomic(
             raise
     if durable:
         sync_folder(path.parent, disk=disk)
+
+
+def owner_only(path: str, flags: int) -> int:
+    """For `open(…, opener=owner_only)`: a file that is made is its owner's, whatever the umask.
+
+    For logs and locks, which need not survive.
+    """
+    return os.open(path, flags | os.O_CLOEXEC, 0o600)
 
 
 def write_all(fd: int, data: bytes, offset: int, *, disk: Disk = REAL_DISK) -> None:

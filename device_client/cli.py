@@ -12,6 +12,7 @@ import click
 
 from broker_bridge.config import assigned, load_config, overridden
 from broker_bridge.console import run_command, show_log, stop_on_signals
+from broker_bridge.disk import write_atomic
 from broker_bridge.errors import LocalError
 from broker_bridge.link.base import Link, Message
 from broker_bridge.link.paho_link import PahoLink
@@ -128,8 +129,8 @@ def run(
         )
     stopped = stop_on_signals()  # from here on: until now there was nothing to end in order
     if not (folder / "device.toml").exists():
-        with contextlib.suppress(OSError):  # it is for reading; a full disk stops nobody
-            (folder / "device.toml").write_text(EXAMPLE)
+        with contextlib.suppress(LocalError):  # it is for reading; a full disk stops nobody
+            write_atomic(folder / "device.toml", EXAMPLE.encode())
     _run(identity, folder, settings, stopped.is_set)
 
 

@@ -23,7 +23,7 @@ import time
 from pathlib import Path
 from typing import Literal
 
-from broker_bridge.disk import write_atomic
+from broker_bridge.disk import owner_only, write_atomic
 from broker_bridge.errors import LocalError
 from broker_bridge.link.broker_config import (
     ACL_FILE,
@@ -153,7 +153,7 @@ class LocalBroker:
             return
         self._check_port()
         command = self._prepare()
-        with self.log_path.open("ab") as log:
+        with open(self.log_path, "ab", opener=owner_only) as log:
             # A session of its own: Ctrl-C is for us, and the broker goes last.
             self._process = subprocess.Popen(
                 command,
@@ -241,7 +241,7 @@ class LocalBroker:
         rendered = render_config(
             text, port=self.port, bind=self.bind, folder=self.folder, user=getpass.getuser()
         )
-        config.write_text(rendered + self._conf_more)
+        write_atomic(config, (rendered + self._conf_more).encode(), durable=False)
         return [str(program), "-c", str(config)]
 
     def _write_acl(self) -> None:
@@ -256,7 +256,8 @@ class LocalBroker:
             raise LocalError("iotcore is not installed; run `pip install iotcore`")
         config = self.folder / "iotcore.toml"
         folder = self.folder if self._conf_text is None else None
-        config.write_text(render_iotcore(port=self.port, bind=self.bind, folder=folder))
+        text = render_iotcore(port=self.port, bind=self.bind, folder=folder)
+        write_atomic(config, text.encode(), durable=False)
         return [sys.executable, "-m", "iotcore", "--config", str(config), "--log-level", "ERROR"]
 
     def _check_port(self) -> None:

@@ -13,7 +13,7 @@ import msgspec
 
 from broker_bridge.config import assigned, overridden
 from broker_bridge.console import show_log, stop_on_signals
-from broker_bridge.disk import disk_errors
+from broker_bridge.disk import disk_errors, owner_only
 from broker_bridge.errors import LocalError
 from broker_bridge.limits import LIMITS
 from broker_bridge.link.base import Message
@@ -132,7 +132,7 @@ def _shut_out(home: Home) -> Iterator[None]:
 def _locked(home: Home) -> Iterator[None]:
     """One server for one fleet: a second one would take the first one's connection."""
     path = home.state / "server.lock"
-    with disk_errors(path), path.open("w") as file:
+    with disk_errors(path), open(path, "w", opener=owner_only) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

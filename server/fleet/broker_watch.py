@@ -12,7 +12,7 @@ import shlex
 import time
 from collections.abc import Callable, Iterator
 
-from broker_bridge.disk import disk_errors, write_atomic
+from broker_bridge.disk import disk_errors, owner_only, write_atomic
 from broker_bridge.errors import LocalError
 from broker_bridge.link.broker_config import ACL_FILE, REVOKED_FILE
 from broker_bridge.link.local_broker import LocalBroker
@@ -48,7 +48,7 @@ def say_heard(home: Home, roster: Roster) -> None:
 def followed(home: Home) -> Iterator[None]:
     """While `midge broker` runs: others can see that it does. Raises LocalError if one does."""
     path = home.broker / _LOCK
-    with disk_errors(path), path.open("w") as file:
+    with disk_errors(path), open(path, "w", opener=owner_only) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -13,7 +13,7 @@ import fcntl
 from collections.abc import Iterator
 from typing import Literal
 
-from broker_bridge.disk import disk_errors, write_atomic
+from broker_bridge.disk import disk_errors, owner_only, write_atomic
 from broker_bridge.errors import LocalError
 from broker_bridge.link.broker_config import ACL_FILE, REVOKED_FILE
 from broker_bridge.link.local_broker import shipped_file
@@ -168,6 +168,6 @@ def write_broker_files(home: Home, roster: Roster) -> bool:
 def locked(home: Home) -> Iterator[None]:
     """One at a time, over all processes; the others wait."""
     path = home.folder / "keys" / "roster.lock"
-    with disk_errors(path), path.open("w") as file:
+    with disk_errors(path), open(path, "w", opener=owner_only) as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -24,7 +24,7 @@ from pathlib import Path
 import msgspec
 
 from broker_bridge.config import load_config
-from broker_bridge.disk import REAL_DISK, Disk, disk_errors, write_atomic
+from broker_bridge.disk import REAL_DISK, Disk, disk_errors, owner_only, write_atomic
 from broker_bridge.errors import LocalError
 from broker_bridge.link.broker_config import ACL_FILE, REVOKED_FILE
 from broker_bridge.link.local_broker import shipped_file
@@ -84,7 +84,7 @@ class Home:
     def _alone_with_keys(self) -> Iterator[None]:
         """Two commands at once must not lose one another's keys."""
         path = self.folder / "keys" / "lock"
-        with disk_errors(path), path.open("w") as file:
+        with disk_errors(path), open(path, "w", opener=owner_only) as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
