@@ -1,0 +1,158 @@
+"""`midge flash`, as a person types it: cards for one device and for many, and what it refuses."""
+
+import csv
+import html
+import json
+
+import pytest
+
+from broker_bridge.wire.enrolment import Bundle
+from server.cli import main
+from server.fleet.flash.targets import find_target
+from tests import cards
+from tests.fleets import MIDGE, Program, is_refusal, typed, wait_until
+
+BROKER = ("--broker", "192.0.2.10:8883")
+
+
+@pytest.fixture
+def alone(fleets):
+    """A fleet of which nothing runs."""
+    return fleets()
+
+
+@pytest.fixture
+def bootfs(tmp_path):
+    """A card with trixie that is mounted here."""
+    cards.wheels_or_skip(find_target("trixie-arm64"))
+    return cards.make_folder(tmp_path / "bootfs", cards.TRIXIE)
+
+
+def midge(*arguments):
+    return typed(main, *arguments)
+
+
+def flash(fleet, *arguments, **environment):
+    return fleet.midge("flash", *map(str, arguments), **environment)
+
+
+def test_a_card_is_written_verified_and_undone(alone, bootfs, tmp_path):
+    key = tmp_path / "id.pub"
+    key.write_text("ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIB ann\n")
+    done = flash(
+        alone, "--device", "ward-3", "--boot", bootfs, *BROKER, "--wifi", "Ward 3",
+        "--wifi-country", "GB", "--ssh-key", key, "--data", "npz:/var/lib/midge/data/x.npz",
+        "--task-cache", "--no-wait", MIDGE_WIFI_PASSPHRASE="correct horse",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for words in ("13 trixie", "sha256 checked", "one-time token until", "read back: identical",
+                  "eject"):  # fmt: skip
+        assert words in done.stdout, done.stdout
+    assert "waiting" not in done.stdout
+    bundle = Bundle.decode((bootfs / "midge" / "device.bundle").read_bytes())
+    assert (bundle.device, bundle.broker_host, bundle.broker_port) == ("ward-3", "192.0.2.10", 8883)
+    assert "Ward 3" in (bootfs / "network-config").read_text()
+    assert "AAAAC3" in (bootfs / "user-data").read_text()
+    assert list((bootfs / "midge" / "tasks").glob("*.plan"))
+    text = done.stdout + done.stderr + "".join(
+        path.read_text() for path in bootfs.rglob("*") if path.suffix in ("", ".txt", ".toml")
+        and path.is_file()
+    )  # fmt: skip
+    assert "correct horse" not in text
+
+    verified = midge("flash", "verify", "--boot", str(bootfs))
+    assert verified.returncode == 0, verified.stderr
+    (bootfs / "midge" / "install.sh").write_text("#!/bin/sh\n")
+    is_refusal(midge("flash", "verify", "--boot", str(bootfs)), "install.sh")
+    doctor = midge("flash", "doctor", "--boot", str(bootfs), "--json")
+    assert doctor.returncode == 2
+    assert json.loads(doctor.stdout)["worst"] == "problem"
+    undone = midge("flash", "undo", "--boot", str(bootfs))
+    assert undone.returncode == 0, undone.stderr
+    assert cards.tree_of(bootfs) == cards.TRIXIE
+    is_refusal(midge("flash", "undo", "--boot", str(bootfs)), "nothing to undo")
+
+
+def test_a_dry_run_writes_nothing_and_makes_no_token(alone, bootfs):
+    done = flash(alone, "--device", "ward-3", "--boot", bootfs, *BROKER, "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert "change cmdline.txt" in done.stdout
+    assert "add    midge/install.sh" in done.stdout
+    assert "nothing was written" in done.stdout
+    assert cards.tree_of(bootfs) == cards.TRIXIE
+    assert not alone.home.bundle("ward-3").exists()
+
+
+def test_a_fleet_of_images_has_a_list_and_labels(alone, tmp_path):
+    cards.wheels_or_skip(find_target("bookworm-arm64"))
+    image = cards.make_image(tmp_path / "raspios.img", cards.BOOKWORM, megabytes=60)
+    out = tmp_path / "cards"
+    done = flash(alone, "--count", 2, "--name", "ward-{:02}", "--image", image, "--out", out,
+                 *BROKER, "--data", "npz:x", "--json")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)
+    assert [row["device"] for row in rows] == ["ward-01", "ward-02"]
+    listed = list(csv.DictReader((out / "cards.csv").open()))
+    assert [row["image"] for row in listed] == [str(out / "ward-01.img"), str(out / "ward-02.img")]
+    assert all(row["fingerprint"] == "" and row["token_expires"] for row in listed)
+    labels = html.unescape((out / "labels.html").read_text())
+    assert "ward-01" in labels
+    assert "ward-02" in labels
+    tokens = set()
+    for row in rows:
+        files = cards.everything_in(out / f"{row['device']}.img", tmp_path / row["device"])
+        bundle = Bundle.decode(files["midge/device.bundle"])
+        assert bundle.device == row["device"]
+        assert row["device"].encode() in files["firstrun.sh"]
+        tokens.add(bundle.token)
+    assert len(tokens) == 2
+    again = flash(alone, "--count", 2, "--name", "ward-{:02}", "--image", image, "--out", out,
+                  *BROKER)  # fmt: skip
+    is_refusal(again, "there already", "--out")
+
+
+def test_it_waits_until_the_device_has_enrolled(alone, bootfs, tmp_path):
+    waiting = Program(
+        tmp_path / "flash.log", *MIDGE, "flash", "--device", "ward-3", "--boot", str(bootfs),
+        *BROKER, "--data", "npz:x", "--dir", str(alone.home.folder),
+    )  # fmt: skip
+    try:
+        waiting.wait_for("waiting for ward-3")
+        alone.enrol("ward-3")
+        wait_until(lambda: not waiting.is_running, "flash sees it")
+    finally:
+        waiting.kill()
+    assert "ward-3 enrolled after 0m" in waiting.log
+    assert "fingerprint " in waiting.log
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], ["--device"]),
+        (["--device", "Ward 3", "--boot", "{}"], ["'Ward 3'", "a-z, 0-9"]),
+        (["--device", "ward-3", "--boot", "{}/nowhere", *BROKER], ["nowhere", "boot partition"]),
+        (["--device", "ward-3", *BROKER], ["either --boot"]),
+        (["--device", "ward-3", "--boot", "{}"], ["'localhost' is the Pi itself", "--broker"]),
+        (["--device", "ward-3", "--boot", "{}", *BROKER], ["no boot partition of a Raspberry Pi"]),
+        (["--device", "ward-3", "--image", "{}/fleet/midge.toml", *BROKER], ["no partition table"]),
+        (["--count", "3", "--image", "{}/x.img"], ["--count, --name and --image"]),
+        (["--count", "3", "--name", "ward", "--image", "{}/x.img"], ["number the devices"]),
+        (["--count", "3", "--name", "ward-{{0.x}}", "--image", "{}/x.img"], ["number the devices"]),
+        (["--device", "ward-3", "--boot", "{}", "--wifi", "Ward", *BROKER], ["--wifi-country"]),
+        (["--device", "ward-3", "--boot", "{}", "--ssh-key", "{}/fleet/midge.toml", *BROKER],
+         ["public key"]),
+        (["--device", "ward-3", "--boot", "{}", "--ssh-key", "{}/none", *BROKER], ["none"]),
+    ],
+    ids=lambda value: " ".join(value)[:60] if isinstance(value, list) else None,
+)  # fmt: skip
+def test_a_mistake_gets_one_sentence(alone, arguments, words):
+    is_refusal(flash(alone, *(a.format(alone.folder) for a in arguments)), *words)
+
+
+def test_a_32_bit_image_is_refused_and_no_copy_is_left(alone, tmp_path):
+    image = cards.make_image(tmp_path / "raspios-armhf.img", cards.ARMHF)
+    done = flash(alone, "--device", "ward-3", "--image", image, "--out", tmp_path / "out", *BROKER)
+    is_refusal(done, "32-bit system", "Raspberry Pi OS (64-bit)")
+    assert list((tmp_path / "out").iterdir()) == []
+    assert not alone.home.bundle("ward-3").exists()
