@@ -173,6 +173,8 @@ class Coordinator:
         """
         self.run, self._now_s, self.paused = run, now_s, paused
         self.phase, self.detail = Phase.GATHERING, "going on after a restart"
+        if opened is None and run.abandoned_in_a_row >= self.rules.abandoned_max:
+            return self._give_up("the last of them as the server died")
         if opened is None:
             return [] if last is None else self._take_up_measuring(last, server_evaluates)
         self._begin(opened)
@@ -436,8 +438,13 @@ class Coordinator:
             again = self.run.abandoned_in_a_row + 1
             self.run = replace(self.run, abandoned_in_a_row=again)
             if again >= self.rules.abandoned_max:
-                effects += self._end("failed", f"{again} rounds in a row were abandoned: {reason}")
+                effects += self._give_up(reason)
         return effects
+
+    def _give_up(self, reason: str) -> list[Effect]:
+        assert self.run is not None  # noqa: S101 - a run is ending
+        count = self.run.abandoned_in_a_row
+        return self._end("failed", f"{count} rounds in a row were abandoned: {reason}")
 
     def _closed(self, version: int, server_evaluates: bool) -> list[Effect]:
         if self.phase is not Phase.CLOSING or self.run is None:

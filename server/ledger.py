@@ -8,7 +8,7 @@ the sum is made again from the updates that have a receipt, to the same bits.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -27,6 +27,7 @@ from server.events import Accept, Accepted, Opened, OpenRound, Refused, Run, Upl
 from server.fleet.home import Home, ServerKeys
 from server.intake import Intake
 from server.lineage import Lineage, LoadedTask, TaskFiles, Weights
+from server.recall import Recalled, recall
 from server.store import rows
 from server.store.database import Database
 from server.store.models import ModelFiles
@@ -330,6 +331,13 @@ class Ledger:
         """Write down how a model did."""
         with self.db.transaction() as tx:
             tx.set_model_metrics(summary.model_version, _json(summary.evaluation))
+            tx.set_round_summary(summary.round, _json(summary))
+
+    def count_rejects(self, by: Mapping[str, int]) -> None:
+        """Write down how many more messages were dropped, by reason."""
+        with self.db.transaction() as tx:
+            for reason, count in by.items():
+                tx.count_rejects(reason, count)
 
     # ── coming back ─────────────────────────────────────────────────────────────────────
 
@@ -339,6 +347,7 @@ class Ledger:
             run, this = tx.current_run(), tx.current_round()
             model = None if run is None else tx.latest_model(run.task_digest)
             receipts = [] if this is None else tx.receipts(this.number)
+            abandoned = 0 if run is None else tx.abandoned_in_a_row(run.id)
         if run is None or model is None:
             self._spool.clear()
             return None
@@ -351,7 +360,7 @@ class Ledger:
         found = Run(
             id=run.id, task=run.task_name, rounds=run.rounds_total, rounds_done=run.rounds_done,
             until=msgspec.json.decode(run.until_json, type=Until | None), target=run.target,
-            quorum=run.quorum, deadline_s=run.deadline_s,
+            quorum=run.quorum, deadline_s=run.deadline_s, abandoned_in_a_row=abandoned,
         )  # fmt: skip
         if this is None or this.round_key is None:
             self._spool.clear()
@@ -367,6 +376,10 @@ class Ledger:
         elapsed = max(0.0, self._clock() - this.opened_at)
         paused = run.status == "paused"
         return Restored(found, opened, signed, uploads, elapsed, paused)
+
+    def recall(self) -> Recalled | None:
+        """What was said last of the rounds that are over; None if that cannot be said again."""
+        return recall(self.db, self._tasks, self._line, self.announcer)
 
     def _last(self, run_id: int) -> RoundSummary | None:
         """The run's newest round and how its model did, unless that round made no model."""

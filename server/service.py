@@ -8,7 +8,7 @@ on: a message that is wrong is dropped and counted by reason.
 import logging
 import queue
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from typing import Literal
 
@@ -56,6 +56,7 @@ _DEVICE_KNOWN_S = 10.0  # how long a revoked device may still be heard
 _DEVICES_KNOWN_MAX = 20_000
 _REPEAT_BLOB_S = 5.0  # a blob that many devices miss is retained again once, not for each
 _REJECTS_KINDS_MAX = 200
+_KEEP_REJECTS_S = 60.0  # how often the counts of dropped messages are written down
 _ROOM_S = 1.0  # how often to look whether the disk has room
 _KEYS_S = 1.0  # how often to look whether a command changed the keys
 _SWEEP_S = 3600.0  # how often to look for members that should renew
@@ -106,6 +107,8 @@ class Service:
         self._sealed_under: dict[str, bytes] = {}  # the fleet key, by kind of blob
         self._trouble = ""  # with the disk
         self._look_again_s = 0.0
+        self._rejects_kept: Counter[str] = Counter()
+        self._keep_rejects_s = clock() + _KEEP_REJECTS_S
         self._postponed: list[ev.Effect] = []  # what is to be written down once there is room
 
     # ── the loop ────────────────────────────────────────────────────────────────────────
@@ -115,6 +118,7 @@ class Service:
         self.begin()
         while not stopped():
             self.turn(self._link.receive(timeout_s=0.25))
+        self._keep_rejects()
         self._show_presence("offline")
 
     def begin(self) -> None:
@@ -131,6 +135,8 @@ class Service:
         """One turn: what came over the link, what was measured, and the time."""
         self._look_for_room()
         self._look_at_keys()
+        if self._clock() >= self._keep_rejects_s:
+            self._keep_rejects()
         if not self._postponed:
             self._handle([ev.Tick(self._clock())])
         waiting = event
@@ -197,6 +203,19 @@ class Service:
         count = rejects[reason]
         level = logging.INFO if count & (count - 1) == 0 else logging.DEBUG
         log.log(level, "dropped a message on %s: %s (%s: %d so far)", topic, error, reason, count)
+
+    def _keep_rejects(self) -> None:
+        """Write down what was dropped since the last time. No promise depends on it."""
+        self._keep_rejects_s = self._clock() + _KEEP_REJECTS_S
+        more = self._coordinator.rejects - self._rejects_kept
+        if not more or self._trouble:
+            return
+        try:
+            self._ledger.count_rejects(more)
+        except LocalError as error:
+            log.warning("what was dropped is not written down: %s", error)
+            return
+        self._rejects_kept = Counter(self._coordinator.rejects)
 
     def _accept(self) -> None:
         """Commit the complete updates that came in together, then say so."""
@@ -586,7 +605,14 @@ class Service:
     # ── coming back ─────────────────────────────────────────────────────────────────────
 
     def _restore(self) -> None:
+        with self._ledger.db.reading() as tx:
+            self._coordinator.rejects.update(tx.rejects())
+        self._rejects_kept = Counter(self._coordinator.rejects)
         found = self._ledger.restore()
+        recalled = self._ledger.recall()
+        if recalled is not None:
+            self._announced = recalled.signed
+            self._summed_up = messages.encode_json(recalled.summary)
         if found is None:
             return
         log.info("going on with run %d of task %s", found.run.id, found.run.task)

@@ -91,6 +91,22 @@ class RoundQueries(Queries):
         c = schema.rounds.c
         return self._all(Round, select(schema.rounds).where(c.run_id == run_id).order_by(c.number))
 
+    def newest_ended_round(self) -> Round | None:
+        """The newest round that is over, of whatever run."""
+        c = schema.rounds.c
+        query = select(schema.rounds).where(c.status != "open").order_by(c.number.desc())
+        return self._one(Round, query.limit(1))
+
+    def abandoned_in_a_row(self, run_id: int) -> int:
+        """How many rounds of a run were abandoned since the last one that made a model."""
+        c = schema.rounds.c
+        made = select(func.max(c.number)).where(c.run_id == run_id, c.status == "closed")
+        since = self._sql.scalar(made) or 0
+        query = select(func.count()).where(
+            c.run_id == run_id, c.status == "abandoned", c.number > since
+        )
+        return int(self._sql.scalar(query) or 0)
+
     def close_round(
         self, number: int, *, model_after: int, closed_at: float, summary_json: str
     ) -> None:
@@ -244,6 +260,10 @@ class RoundQueries(Queries):
     def set_model_metrics(self, version: int, metrics_json: str) -> None:
         """Note how good a model turned out to be."""
         self._change(schema.models, {"version": version}, {"metrics_json": metrics_json})
+
+    def set_round_summary(self, number: int, summary_json: str) -> None:
+        """Note more of how a round ended than was known when it did."""
+        self._change(schema.rounds, {"number": number}, {"summary_json": summary_json})
 
     # ── After a restore (decision 0080) ─────────────────────────────────────────────────
 

@@ -54,6 +54,40 @@ def test_a_server_that_restarts_over_a_wiped_broker_lays_out_its_open_round(aren
     assert arena.coordinator.status()["round"]["accepted"] == 1
 
 
+def test_a_server_that_restarts_with_no_run_open_lays_out_what_was_said_last(arena):
+    for _ in range(2):
+        for device in (arena.a, arena.b):
+            device.upload(device.delta())
+    assert arena.status()["phase"] == "idle"
+    before = servers(arena)
+    arena.kill_server()
+    arena.broker.restart(keep=False)
+    arena.start_server()
+    assert servers(arena) == before
+    assert arena.announcement().model_version == 3
+
+
+def test_a_server_that_restarts_after_an_abandoned_round_says_so_again(arena):
+    arena.tell(cmd="pause")
+    arena.pass_time(601)
+    before = servers(arena)
+    arena.kill_server()
+    arena.broker.restart(keep=False)
+    arena.start_server()
+    assert servers(arena) == before
+    assert arena.metrics()["state"] == "abandoned"
+
+
+def test_a_server_whose_last_task_is_gone_starts_without_it(arena, caplog):
+    arena.tell(cmd="stop")
+    (arena.home.folder / "tasks" / "wearables.task").unlink()
+    arena.kill_server()
+    arena.broker.restart(keep=False)
+    arena.start_server()
+    assert not servers(arena).keys() & {TOPICS.round, TOPICS.metrics, TOPICS.task(0)}
+    assert "the last run's model is not laid out: there is no task 'wearables' here" in caplog.text
+
+
 def test_a_broker_that_came_back_from_an_old_copy_gets_the_present_announcement(arena):
     """It says that the session goes on, and holds what was retained minutes ago."""
     old = arena.broker.retained[TOPICS.round]

@@ -734,6 +734,14 @@ def test_a_device_let_in_before_the_restart_goes_on_with_its_upload() -> None:
     assert kinds(server.step(Chunk(ids_of("d0")[0], 0)))[:2] == [Accept, Send]
 
 
+def test_a_run_that_failed_as_the_server_died_has_failed_when_it_is_back() -> None:
+    made = Server().it
+    run = replace(RUN, abandoned_in_a_row=made.rules.abandoned_max)
+    (ended,) = made.restore(run, None, [], now_s=0.0)
+    assert isinstance(ended, EndRun)
+    assert (ended.status, made.run) == ("failed", None)
+
+
 def test_a_deadline_goes_on_over_a_restart() -> None:
     server = restored([kept("d0", "accepted")], elapsed_s=50.0)
     assert server.pass_time(9) == []

@@ -9,7 +9,7 @@ from broker_bridge.task.taskfile import decode_task, encode_plan, encode_task
 from broker_bridge.wire import weights
 from broker_bridge.wire.messages import Need, Until
 from server.ledger import Ledger
-from tests.fleets import TASK
+from tests.fleets import TASK, TOPICS
 
 
 def restart(world):
@@ -53,6 +53,34 @@ def test_the_round_goes_on_under_its_number_key_and_announcement(world):
     assert world.status()["round"]["number"] == 1
     run = world.coordinator.run
     assert (run.rounds, run.until, run.deadline_s) == (4, Until(accuracy=0.9), 77.0)
+
+
+def test_abandoned_rounds_are_counted_over_a_restart(world):
+    three(world)
+    world.tell(cmd="start", target=3, rounds=9, deadline_s=60)
+    for left in (2, 1):
+        world.pass_time(61)
+        restart(world)
+        assert world.coordinator.run.abandoned_in_a_row == 3 - left
+        world.pass_time(1)
+    world.pass_time(61)
+    assert world.coordinator.run is None
+    assert "3 rounds in a row were abandoned" in world.status()["detail"]
+
+
+def test_what_was_dropped_is_counted_over_a_restart(world):
+    a, *_ = three(world)
+    world.tell(cmd="start", target=3)
+    a.link.publish(TOPICS.up(0, "a", "data"), b"nonsense")
+    world.settle()
+    world.pass_time(61)
+    before = world.rejected()
+    assert sum(before.values()) == 1
+    restart(world)
+    assert world.rejected() == before
+    world.pass_time(61)
+    restart(world)
+    assert world.rejected() == before
 
 
 def test_an_upload_in_mid_way_sends_only_what_is_missing(world):
