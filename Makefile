@@ -7,7 +7,7 @@
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench campaign fuzz soak clean mosquitto mosquitto-or-fail python
+.PHONY: help demo test check bench campaign fuzz soak pi-test clean mosquitto mosquitto-or-fail qemu-or-fail python
 
 # TensorFlow Lite's lean runtime exists for Python 3.11 and no newer, so that one comes first;
 # then those that the demo was tried on; then whatever there is, if it is new enough.
@@ -50,6 +50,9 @@ campaign: .venv-dev/.ready mosquitto-or-fail  ## run the long random tests that 
 
 fuzz: .venv-dev/.fuzz  ## feed every parser damaged bytes: make fuzz MINUTES=16
 	@.venv-dev/bin/python -m tests.fuzz.run --minutes $(MINUTES) $(ARGS)
+
+pi-test: .venv-dev/.ready mosquitto-or-fail qemu-or-fail  ## run the Pythons of Raspberry Pi OS on an emulated Pi's processor
+	@.venv-dev/bin/python -m pytest -m pi $(ARGS)
 
 # How many seeds `make soak` tries; each is a federation of its own. After them, for how many
 # minutes real processes are killed.
@@ -103,6 +106,11 @@ mosquitto-or-fail:
 		echo "make: this needs mosquitto. Install it: apt-get install mosquitto mosquitto-clients," \
 			"or: brew install mosquitto" >&2; exit 1; }
 
+# A Pi's processor. The rest of a Pi the tests fetch, with this machine's apt and pip.
+qemu-or-fail:
+	@$(has_qemu) || { $(get_qemu); } || { \
+		echo "make: this needs qemu. Install it: apt-get install qemu-user-static" >&2; exit 1; }
+
 has_mosquitto = command -v mosquitto >/dev/null && command -v mosquitto_pub >/dev/null
 
 define get_mosquitto
@@ -118,4 +126,17 @@ define get_mosquitto
 		brew install --quiet mosquitto; \
 	fi; \
 	$(has_mosquitto)
+endef
+
+has_qemu = { command -v qemu-aarch64-static || command -v qemu-aarch64; } >/dev/null
+
+define get_qemu
+	if [ "$$(id -u)" = 0 ]; then as_root=; else as_root="sudo -n"; fi; \
+	if command -v apt-get >/dev/null && $$as_root true 2>/dev/null; then \
+		echo "Installing qemu-user-static with apt-get …"; \
+		export DEBIAN_FRONTEND=noninteractive; \
+		$$as_root apt-get update -qq && \
+		$$as_root apt-get install -y -qq qemu-user-static >/dev/null; \
+	fi; \
+	$(has_qemu)
 endef

@@ -23,7 +23,15 @@ from broker_bridge.task.taskfile import Plan, Task, Training, encode_plan
 from broker_bridge.wire import weights as wire
 from broker_bridge.wire.weights import Tensors, TensorSpec
 
-__all__ = ["Result", "arrays_of", "installed_runtimes", "random_steps", "run_on_device"]
+__all__ = [
+    "Result",
+    "arrays_of",
+    "installed_runtimes",
+    "random_steps",
+    "read_result",
+    "run_on_device",
+    "write_job",
+]
 
 Array = NDArray[Any]
 
@@ -63,19 +71,31 @@ def run_on_device(
     """Train `steps` from `weights`. Raises LocalError when the runtime cannot."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        (folder / "plan").write_bytes(encode_plan(plan.task, plan.tflite))
-        (folder / "weights").write_bytes(wire.encode(weights))
-        (folder / "settings.json").write_bytes(msgspec.json.encode(settings))
-        np.savez(folder / "steps.npz", **arrays_of(steps))
+        write_job(folder, plan, weights, steps, settings)
         command = [sys.executable, "-m", "server.tasks.worker", name, runtime, str(repeat)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             lines = [line for line in done.stderr.splitlines() if line.strip()]
             reason = lines[-1] if lines else f"exit code {done.returncode}"
             raise LocalError(f"the task does not run on {runtime}: {reason}")
-        facts = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-        with np.load(folder / "result.npz", allow_pickle=False) as file:
-            arrays = dict(file)
+        return read_result(folder)
+
+
+def write_job(
+    folder: Path, plan: Plan, weights: Tensors, steps: Sequence[Samples], settings: Training
+) -> None:
+    """Leave in `folder` what the worker reads."""
+    (folder / "plan").write_bytes(encode_plan(plan.task, plan.tflite))
+    (folder / "weights").write_bytes(wire.encode(weights))
+    (folder / "settings.json").write_bytes(msgspec.json.encode(settings))
+    np.savez(folder / "steps.npz", **arrays_of(steps))
+
+
+def read_result(folder: Path) -> Result:
+    """Return what the worker left in `folder`."""
+    facts = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    with np.load(folder / "result.npz", allow_pickle=False) as file:
+        arrays = dict(file)
     return Result(
         arrays, facts["runtime"], facts["load_ms"], tuple(facts["step_ms"]), facts["peak_mb"]
     )

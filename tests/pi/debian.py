@@ -1,0 +1,131 @@
+"""Another Debian in a folder: its Python and what that needs, for another processor too.
+
+apt's own resolver picks the packages and checks their signatures, in a state of its own, so
+that nothing of this machine's apt is touched; `dpkg-deb` takes them apart, and none of their
+scripts is run. Needs no root. The mirror is the one that this machine's apt uses.
+"""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+__all__ = ["CannotFetchError", "cached", "fetch_root", "keep", "run"]
+
+KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
+LINKS = ("bin", "sbin", "lib", "lib64")  # what Debian has merged into /usr
+
+
+class CannotFetchError(Exception):
+    """This machine cannot get it; the sentence says why."""
+
+
+def run(*command: str, **environment: str) -> str:
+    """Run a command and return what it printed. Raises CannotFetchError with its last line."""
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, env=os.environ | environment
+        )
+    except FileNotFoundError:
+        raise CannotFetchError(f"there is no {command[0]} here") from None
+    if done.returncode != 0:
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        raise CannotFetchError(f"{command[0]} failed: {lines[-1] if lines else done.returncode}")
+    return done.stdout
+
+
+def cached(kind: str, *recipe: str) -> tuple[Path, bool]:
+    """Return the folder for what is made by this recipe, and whether it is there already."""
+    home = Path(os.environ.get("MIDGE_CACHE") or Path.home() / ".cache" / "midge")
+    digest = hashlib.sha256("\n".join(recipe).encode()).hexdigest()[:10]
+    folder = home / "pi" / f"{kind}-{digest}"
+    return folder, folder.is_dir()
+
+
+def fetch_root(suite: str, architecture: str, packages: Sequence[str]) -> Path:
+    """Return a folder with `packages` of Debian `suite`, and all that they depend on.
+
+    It is made once and kept in the cache. Raises CannotFetchError.
+    """
+    folder, there = cached(f"{suite}-{architecture}", "1", *sorted(packages))
+    if there:
+        return folder
+    mirror = _mirror()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as name:
+        work = Path(name)
+        _download(work, mirror, suite, architecture, packages)
+        root = work / "root"
+        _make_links(root)
+        for each in sorted((work / "cache" / "archives").glob("*.deb")):
+            _unpack(each, root)
+        keep(root, folder)
+    return folder
+
+
+def keep(made: Path, folder: Path) -> None:
+    """Put what was made where `cached` finds it; another process may have been faster."""
+    try:
+        made.rename(folder)
+    except OSError:
+        if not folder.is_dir():
+            raise
+
+
+def _mirror() -> str:
+    """Where this machine gets Debian from, by apt's own account."""
+    listed = run(
+        "apt-get", "indextargets", "--format", "$(REPO_URI)", "Created-By: Packages",
+        "Origin: Debian", "Label: Debian",
+    ).split()  # fmt: skip
+    if not listed or not KEYRING.exists():
+        raise CannotFetchError("this machine's apt has no Debian mirror, or not Debian's keys")
+    return listed[0]
+
+
+def _download(
+    work: Path, mirror: str, suite: str, architecture: str, packages: Sequence[str]
+) -> None:
+    for each in ("state/lists/partial", "cache/archives/partial"):
+        (work / each).mkdir(parents=True)
+    (work / "status").touch()  # nothing is installed: all that is needed is fetched
+    (work / "sources.list").write_text(f"deb [signed-by={KEYRING}] {mirror} {suite} main\n")
+    settings = work / "apt.conf"
+    settings.write_text(
+        f"""
+        Dir::State "{work}/state";
+        Dir::State::status "{work}/status";
+        Dir::Cache "{work}/cache";
+        Dir::Etc::SourceList "{work}/sources.list";
+        Dir::Etc::SourceParts "/dev/null";
+        APT::Architecture "{architecture}";
+        APT::Architectures {{ "{architecture}"; }};
+        APT::Sandbox::User "{"root" if os.getuid() == 0 else ""}";
+        Acquire::Languages "none";
+        Acquire::Retries "3";
+        """
+    )
+    get = ("apt-get", "-qq", "--no-install-recommends")
+    run(*get, "update", APT_CONFIG=str(settings))
+    run(*get, "--yes", "--download-only", "install", *packages, APT_CONFIG=str(settings))
+
+
+def _make_links(root: Path) -> None:
+    for each in LINKS:
+        (root / "usr" / each).mkdir(parents=True)
+        (root / each).symlink_to(f"usr/{each}")
+
+
+def _unpack(package: Path, root: Path) -> None:
+    # Not `dpkg-deb -x`: an older package has /lib as a folder, and that would replace our link.
+    with subprocess.Popen(["dpkg-deb", "--fsys-tarfile", package], stdout=subprocess.PIPE) as deb:
+        done = subprocess.run(
+            ["tar", "-x", "--keep-directory-symlink", "--no-same-owner", "-C", str(root)],
+            stdin=deb.stdout, check=False,
+        )  # fmt: skip
+    if done.returncode or deb.returncode:
+        shutil.rmtree(root)
+        raise CannotFetchError(f"{package.name} cannot be taken apart")
