@@ -100,7 +100,12 @@ class _Worker:
             try:
                 self._do(message, blob)
             except MemoryError:
-                self._fail(LocalError("the memory that training may take is used up"))
+                self._fail(
+                    LocalError(
+                        "the memory that training may take is used up: take a task with smaller "
+                        "batches, or set memory_mb higher in device.toml"
+                    )
+                )
             except MidgeError as error:
                 self._fail(error)
             except (_OverError, ConnectionError):
@@ -237,12 +242,13 @@ def _serve(line: _Line, memory_bytes: int) -> None:
             warm_up(TINY_MODEL, num_threads=load.threads, prefer=load.prefer)
         _use_what_is_loaded_late()
         samples = _samples(load)
-    except MidgeError as error:
+    except (MidgeError, MemoryError) as error:
+        if isinstance(error, MemoryError) or isinstance(error.__cause__, MemoryError):
+            error = LocalError(
+                f"the samples do not fit into the {memory_bytes // 1_000_000:,} MB that training "
+                "may take: give out fewer, or set memory_mb higher in device.toml"
+            )
         line.say(_failure(error))
-        raise _OverError from None
-    except MemoryError:
-        error_sentence = "the memory that training may take does not hold the samples"
-        line.say(_failure(LocalError(error_sentence)))
         raise _OverError from None
     held = confinement.lock(
         keep=(line.descriptor, *(samples.descriptors if samples is not None else ())),

@@ -27,7 +27,6 @@ __all__ = ["COMMAND", "Process", "ProcessEndedError", "StoppedError"]
 
 COMMAND = (sys.executable, "-P", "-m", "device_client.sandbox.child")
 _HEAD_BYTES_MAX = 128 * 1024
-_STOP_GRACE_S = 10.0  # how long a step may still take after it was told to stop
 _NOT_FOR_IT = (
     "CREDENTIALS_DIRECTORY",
     "LISTEN_FDS",
@@ -62,14 +61,16 @@ class StoppedError(Exception):
 class Process:
     """Started by one thread of the agent, used by one at a time; `interrupt` is for any."""
 
-    def __init__(self, command: Sequence[str], *, memory_bytes: int, stall_s: float) -> None:
+    def __init__(
+        self, command: Sequence[str], *, memory_bytes: int, stall_s: float, stop_grace_s: float
+    ) -> None:
         """Raises LocalError when it cannot be started."""
         self._stall_s = stall_s
         self._line, theirs = socket.socketpair()
         self._wake_reader, self._wake_writer = socket.socketpair()
         for each in (self._line, self._wake_reader, self._wake_writer):
             each.setblocking(False)
-        self._stop_grace_s = min(stall_s, _STOP_GRACE_S)
+        self._stop_grace_s = stop_grace_s
         self._give_up_s = math.inf  # when a process that was told to stop is ended
         self._ended = threading.Event()
         self._process: subprocess.Popen[bytes] | None = None

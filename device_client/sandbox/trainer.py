@@ -52,6 +52,7 @@ class SandboxSettings:
     memory_bytes: int = 0
     stall_s: float = 300.0  # a process that is silent for so long is ended
     idle_s: float = 180.0  # one that has no work for so long ends itself
+    stop_grace_s: float = 10.0  # how long a step may still take when it is to stop
     command: Sequence[str] = COMMAND
 
     @classmethod
@@ -343,8 +344,9 @@ class _Course:
 
 def _start(settings: SandboxSettings, header: bytes) -> Process:
     process = Process(
-        settings.command, memory_bytes=settings.memory_bytes, stall_s=settings.stall_s
-    )
+        settings.command, memory_bytes=settings.memory_bytes, stall_s=settings.stall_s,
+        stop_grace_s=settings.stop_grace_s,
+    )  # fmt: skip
     load = talk.Load(
         task=header, data=settings.data, threads=settings.threads, prefer=settings.prefer,
         idle_s=settings.idle_s,
