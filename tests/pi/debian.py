@@ -7,6 +7,7 @@ scripts is run. Needs no root. The mirror is the one that this machine's apt use
 
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -76,14 +77,12 @@ def keep(made: Path, folder: Path) -> None:
 
 
 def _mirror() -> str:
-    """Where this machine gets Debian from, by apt's own account."""
-    listed = run(
-        "apt-get", "indextargets", "--format", "$(REPO_URI)", "Created-By: Packages",
-        "Origin: Debian", "Label: Debian",
-    ).split()  # fmt: skip
-    if not listed or not KEYRING.exists():
-        raise CannotFetchError("this machine's apt has no Debian mirror, or not Debian's keys")
-    return listed[0]
+    """Where this machine gets Debian from: the first of apt's own sources that is Debian itself."""
+    listed = run("apt-get", "update", "--print-uris")  # asks nobody
+    found = re.findall(r"^'(\S+/debian)/dists/[^/\s]+/InRelease'", listed, re.MULTILINE)
+    if not found or not KEYRING.exists():
+        raise CannotFetchError("this machine's apt has no mirror of Debian, or not Debian's keys")
+    return str(found[0])
 
 
 def _download(
