@@ -27,6 +27,7 @@ from device_client.config import EXAMPLE, DeviceConfig
 from device_client.doctor import doctor
 from device_client.enrolment import enrol
 from device_client.identity import Identity
+from device_client.inference import infer, predict
 from device_client.journal import Journal
 from device_client.outbox import Outbox
 from device_client.sandbox.trainer import Sandbox, SandboxSettings
@@ -37,7 +38,7 @@ __all__ = ["main"]
 
 _FOLDER = click.option(
     "--dir", "folder", type=click.Path(path_type=Path, file_okay=False), envvar="MIDGE_DEVICE_DIR",
-    default=Path("/var/lib/midge-device"), show_default=True,
+    default=Path("/var/lib/midge"), show_default=True,
     help="The folder with this device's keys and state.",
 )  # fmt: skip
 
@@ -292,7 +293,8 @@ def _host_port(broker: str | None) -> tuple[str | None, int | None]:
     return host, int(port)
 
 
-device.add_command(doctor)
+for command in (doctor, infer, predict):
+    device.add_command(command)
 
 
 def main() -> None:

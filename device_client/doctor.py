@@ -39,7 +39,7 @@ _ENROL = "on the server: `midge device add NAME`; here: `midge-device enrol NAME
 @click.command()
 @click.option(
     "--dir", "folder", type=click.Path(path_type=Path, file_okay=False), envvar="MIDGE_DEVICE_DIR",
-    default=Path("/var/lib/midge-device"), show_default=True,
+    default=Path("/var/lib/midge"), show_default=True,
     help="The folder with this device's keys and state.",
 )  # fmt: skip
 @click.option("--data", help="The samples, as for `run`; default: as in device.toml.")
