@@ -107,9 +107,11 @@ class Trainer:
                 return None
         return self._trained(state, epoch, steps, self._clock() - started)
 
-    def evaluate(self, weights: Mapping[str, Array]) -> Evaluation:
+    def evaluate(
+        self, weights: Mapping[str, Array], on_batch: Callable[[], None] = lambda: None
+    ) -> Evaluation:
         """Return how `weights` do on this trainer's own samples."""
-        return self._runtime.evaluate(weights, self._samples)
+        return self._runtime.evaluate(weights, self._samples, on_batch)
 
     def _start(
         self, weights: Mapping[str, Array], optimiser_state: Mapping[str, Array] | None

@@ -9,7 +9,7 @@ import functools
 import importlib
 import importlib.metadata
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,8 +120,16 @@ class TaskRuntime:
         )
         return Step(new, float(out["loss"][0]), out["sums"], out["counts"])
 
-    def evaluate(self, weights: Mapping[str, Array], samples: Samples) -> Evaluation:
-        """Return loss and metrics of `weights` on `samples`, as a weighted mean."""
+    def evaluate(
+        self,
+        weights: Mapping[str, Array],
+        samples: Samples,
+        on_batch: Callable[[], None] = lambda: None,
+    ) -> Evaluation:
+        """Return loss and metrics of `weights` on `samples`, as a weighted mean.
+
+        `on_batch` is called after each batch.
+        """
         task = self.task
         state = _named("w", weights_of(task, weights))
         sums = np.zeros(1 + len(task.metrics), np.float64)
@@ -133,6 +141,7 @@ class TaskRuntime:
             out = self._run("evaluate", feed | state)
             sums += out["sums"]
             counts += out["counts"]
+            on_batch()
         means = [float(s / c) if c > 0 else 0.0 for s, c in zip(sums, counts, strict=True)]
         return Evaluation(len(samples), means[0], dict(zip(task.metrics, means[1:], strict=True)))
 

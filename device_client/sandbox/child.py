@@ -39,11 +39,16 @@ _HEARD = msgspec.msgpack.Decoder(
     talk.Load | talk.Build | talk.Train | talk.Evaluate | talk.Ack | talk.Stop
 )
 _SAY_EVERY_S = 0.05
+_ALIVE_EVERY_S = 0.5
 _STEPS_A_MESSAGE_MAX = 4096
 
 
 class _OverError(Exception):
     """The agent is gone, or has had no work for a while."""
+
+
+class _StoppedError(Exception):
+    """The agent wants no more of this evaluation."""
 
 
 class _Line:
@@ -127,9 +132,25 @@ class _Worker:
             case talk.Train() if self._trainer is not None:
                 self._train(self._trainer, message, blob)
             case talk.Evaluate() if self._trainer is not None:
-                found = self._trainer.evaluate(weights.decode(blob))
-                self._line.say(talk.Measured(loss=found.loss, metrics=found.metrics))
+                self._evaluate(self._trainer, blob)
             # `Ack` and `Stop` that crossed our last word mean nothing any more.
+
+    def _evaluate(self, trainer: Trainer, blob: memoryview) -> None:
+        self._said_s = time.monotonic()
+        try:
+            found = trainer.evaluate(weights.decode(blob), self._batch_done)
+        except _StoppedError:
+            self._line.say(talk.Stopped())
+        else:
+            self._line.say(talk.Measured(loss=found.loss, metrics=found.metrics))
+
+    def _batch_done(self) -> None:
+        while self._line.has_news():
+            if self._is_told_to_stop():
+                raise _StoppedError
+        if time.monotonic() - self._said_s >= _ALIVE_EVERY_S:
+            self._said_s = time.monotonic()
+            self._line.say(talk.Alive())
 
     def _train(self, trainer: Trainer, asked: talk.Train, blob: memoryview) -> None:
         border = len(blob) - asked.optimiser_bytes

@@ -18,7 +18,7 @@ from broker_bridge.limits import LIMITS
 from device_client.sandbox.confinement import Confinement
 
 __all__ = [
-    "Ack", "Build", "Built", "Done", "Evaluate", "Failure", "Load", "Measured", "Ready",
+    "Ack", "Alive", "Build", "Built", "Done", "Evaluate", "Failure", "Load", "Measured", "Ready",
     "Steps", "Stop", "Stopped", "Train", "frame", "read_frame",
 ]  # fmt: skip
 
@@ -104,6 +104,10 @@ class Done(_Message, frozen=True, kw_only=True):
     seconds: Seconds
     peak_bytes: Count
     optimiser_bytes: Count = 0
+
+
+class Alive(_Message, frozen=True):
+    """Still evaluating."""
 
 
 class Measured(_Message, frozen=True, kw_only=True):

@@ -39,7 +39,7 @@ T = TypeVar("T")
 _READY = msgspec.msgpack.Decoder(talk.Ready | talk.Failure)
 _BUILT = msgspec.msgpack.Decoder(talk.Built | talk.Failure)
 _TRAINING = msgspec.msgpack.Decoder(talk.Steps | talk.Done | talk.Stopped | talk.Failure)
-_MEASURED = msgspec.msgpack.Decoder(talk.Measured | talk.Failure)
+_MEASURED = msgspec.msgpack.Decoder(talk.Alive | talk.Measured | talk.Stopped | talk.Failure)
 
 
 @dataclass(frozen=True)
@@ -229,8 +229,12 @@ class SandboxedTrainer:
         """Measure `weights` on the samples. Raises LocalError, PeerError."""
         wire.check(weights, self.plan.task.weights)
 
-        def answers(process: Process) -> Evaluation:
-            found, _ = process.hear(_MEASURED)
+        def answers(process: Process) -> Evaluation | None:
+            found: Any = talk.Alive()
+            while isinstance(found, talk.Alive):
+                found, _ = process.hear(_MEASURED)
+            if isinstance(found, talk.Stopped):
+                return None
             if isinstance(found, talk.Failure):
                 raise _error(found)
             metrics = _metrics(process, found.metrics, self.plan.task)

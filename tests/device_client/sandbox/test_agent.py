@@ -14,7 +14,7 @@ from tests.fleets import wait_until, write_samples
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the kernel's part is Linux's")
 
 
-@pytest.fixture(params=[6_000])
+@pytest.fixture(params=[3_000])
 def sandbox(tmp_path, request):
     source = write_samples(tmp_path / "ann.npz", seed=1, rows=request.param)
     made = Sandbox(SandboxSettings(source, stall_s=1.5))

@@ -262,6 +262,26 @@ def test_a_process_that_hangs_does_not_hold_up_whoever_stops_it(boxes):
     assert trainer.train(WEIGHTS, ONCE, seed=1).steps == 4
 
 
+def test_an_evaluation_stops_between_batches(boxes):
+    trainer = boxes("samples?rows=30000").load(PLAN)
+    pid, told = trainer.pid, []
+
+    def evaluate():
+        with pytest.raises(LocalError, match="stopped"):
+            trainer.evaluate(WEIGHTS)
+        told.append(True)
+
+    thread = threading.Thread(target=evaluate)
+    busy = cpu_ticks(trainer) + 3
+    thread.start()
+    wait_until(lambda: cpu_ticks(trainer) >= busy, "it works")
+    trainer.interrupt()
+    thread.join()
+    assert told
+    assert trainer.pid == pid
+    assert trainer.train(WEIGHTS, ONCE, seed=1, on_step=lambda _: False) is None
+
+
 def test_a_process_ends_with_the_agent_however_that_ends():
     code = f"""
 import sys, time
