@@ -64,6 +64,7 @@ from server.events import (
     Run,
     Seen,
     Send,
+    ShutOut,
     Started,
     StartRun,
     Tick,
@@ -121,6 +122,10 @@ class Coordinator:
     def upload(self, upload: bytes) -> Upload | None:
         """An upload of the open round."""
         return None if self._round is None else self._round.upload(upload)
+
+    def knows(self, device: str) -> bool:
+        """Whether this device's presence was heard."""
+        return device in self._presence
 
     def online(self, role: str = "train") -> list[str]:
         """The devices of this role that are here."""
@@ -225,6 +230,8 @@ class Coordinator:
             case Seen(device, presence):
                 self._presence[device] = presence
                 return []
+            case ShutOut():
+                return self._shut_out(event)
             case Opened():
                 if self.phase is Phase.OPENING:
                     self._begin(event)
@@ -410,6 +417,20 @@ class Coordinator:
             case Refused():
                 effects = this.refused(event, now_s=self._now_s)
         return effects + self._close_if_reached(this) if effects else []
+
+    def _shut_out(self, event: ShutOut) -> list[Effect]:
+        device, this = event.device, self._round
+        self._presence.pop(device, None)
+        self._reports.pop(device, None)
+        if this is None or self.phase not in (Phase.OPEN, Phase.CLOSING):
+            return []
+        place = this.uploads.get(device)
+        counted = event.revoked and place is not None and place.status == "accepted"
+        effects = this.shut_out(device, revoked=event.revoked)
+        if self.phase is Phase.CLOSING and counted:  # it is decided again without the device
+            self.phase, self.detail = Phase.OPEN, f"round {this.announcement.round} is open"
+            effects += self._close_if_reached(this)
+        return effects
 
     def _is_lost(self, device: str) -> bool:
         presence = self._presence.get(device)

@@ -58,10 +58,12 @@ __all__ = [
     "Run",
     "Seen",
     "Send",
+    "ShutOut",
     "StartRun",
     "Started",
     "Tick",
     "Upload",
+    "Withdraw",
 ]
 
 
@@ -161,6 +163,14 @@ class Seen:
 
 
 @dataclass(frozen=True)
+class ShutOut:
+    """A device is suspended, or revoked: then what it gave to the open round is taken back."""
+
+    device: str
+    revoked: bool
+
+
+@dataclass(frozen=True)
 class Opened:
     """The round is written down and announced (after OpenRound)."""
 
@@ -252,6 +262,7 @@ Event = (
     | Commanded
     | Started
     | Seen
+    | ShutOut
     | Opened
     | Joined
     | Inited
@@ -334,6 +345,14 @@ class Forget:
 
 
 @dataclass(frozen=True)
+class Withdraw:
+    """Take back whatever a device gave to the open round, accepted or not, for good."""
+
+    device: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class CloseRound:
     """Make the new model, write it and the round's end down, announce it, then say Closed."""
 
@@ -387,6 +406,7 @@ Effect = (
     | Accept
     | Refuse
     | Forget
+    | Withdraw
     | CloseRound
     | AbandonRound
     | Evaluate

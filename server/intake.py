@@ -232,6 +232,34 @@ class Intake:
         if incoming is not None:
             self._let_go(incoming)
 
+    def withdraw(self, device: str, reason: str) -> list[bytes]:
+        """Take back whatever a device gave, and forget it; return its uploads.
+
+        On the disk first: after a kill the sum is made of the updates that still have a receipt.
+        Raises LocalError.
+        """
+        with self._db.transaction() as tx:
+            taken = tx.withdraw(
+                self.announcement.round, device, at=self._clock(), reason=reason[:500]
+            )
+        for receipt in taken:
+            if receipt.status == "accepted":
+                self._take_out(messages.decode(receipt.init, Init))
+        mine = [upload for upload, each in self.uploads.items() if each.device == device]
+        for upload in mine:
+            self.forget(upload)
+        return mine
+
+    def _take_out(self, init: Init) -> None:
+        """Take one update out of the sum; if it cannot be read any more, add the others anew."""
+        try:
+            deltas = weights.decode(self._opened(self.uploads[init.upload]))
+        except (PeerError, LocalError) as error:
+            log.warning("the sum is made anew: %s", error)
+            self._sum_again()
+            return
+        self.sum.remove(deltas, init.examples)
+
     # ── coming back ─────────────────────────────────────────────────────────────────────
 
     def take_up(self, receipts: Iterable[rows.Receipt]) -> list[Upload]:

@@ -251,6 +251,19 @@ class Ledger:
             self._open.forget(upload)
         self._spool.drop(upload)
 
+    def withdraw(self, device: str, reason: str) -> None:
+        """Take back whatever a device gave to the open round. Raises LocalError."""
+        if self._open is not None:
+            for upload in self._open.withdraw(device, reason):
+                self._spool.drop(upload)
+
+    def gone_devices(self) -> list[str]:
+        """Devices that were revoked, and have an update in the open round all the same."""
+        if self._open is None:
+            return []
+        with self.db.reading() as tx:
+            return tx.gone_devices(self._open.announcement.round)
+
     def check_room(self, wanted_bytes: int = 0) -> None:
         """Raise DiskFullError when the disk has less room than is kept for models and receipts."""
         if self._untidy and self._open is None:
@@ -346,8 +359,8 @@ class Ledger:
         with self.db.reading() as tx:
             run, this = tx.current_run(), tx.current_round()
             model = None if run is None else tx.latest_model(run.task_digest)
-            receipts = [] if this is None else tx.receipts(this.number)
             abandoned = 0 if run is None else tx.abandoned_in_a_row(run.id)
+        receipts = [] if this is None else self._still_in(this.number)
         if run is None or model is None:
             self._spool.clear()
             return None
@@ -376,6 +389,17 @@ class Ledger:
         elapsed = max(0.0, self._clock() - this.opened_at)
         paused = run.status == "paused"
         return Restored(found, opened, signed, uploads, elapsed, paused)
+
+    def _still_in(self, number: int) -> list[rows.Receipt]:
+        """The receipts of the open round, after taking back those of whoever is revoked."""
+        with self.db.reading() as tx:
+            gone = tx.gone_devices(number)
+        if gone:
+            with self.db.transaction() as tx:
+                for device in gone:
+                    tx.withdraw(number, device, at=self._clock(), reason="the device was revoked")
+        with self.db.reading() as tx:
+            return tx.receipts(number)
 
     def recall(self) -> Recalled | None:
         """What was said last of the rounds that are over; None if that cannot be said again."""

@@ -28,12 +28,14 @@ from server.events import (
     Run,
     Send,
     Upload,
+    Withdraw,
 )
 
 __all__ = ["Round"]
 
 Status = Literal["going", "accepting", "accepted", "rejected"]
 _REASON_CHARS_MAX = 500  # what an `Ack` takes
+_REVOKED = "the device was revoked"
 _NO_ROOM = "the server has no room on its disk"
 
 
@@ -60,6 +62,7 @@ class Round:
         self._rules = rules
         self._rejects = rejects  # counted over all rounds
         self._is_lost = is_lost
+        self._revoked: set[str] = set()
         self._by_upload: dict[bytes, Upload] = {}
         self._counts: Counter[str] = Counter()  # of uploads, by status
 
@@ -289,10 +292,27 @@ class Round:
     def accepted(self, upload: bytes) -> list[Effect]:
         """An update is in the sum and on disk."""
         place = self._by_upload.get(upload)
-        if place is None or place.status != "accepting":
+        if place is None:
+            return []
+        if place.device in self._revoked:  # it was between disk and sum when that was said
+            return [Withdraw(place.device, _REVOKED)]
+        if place.status != "accepting":
             return []
         self._mark(place, "accepted")
         return self._final(place)
+
+    def shut_out(self, device: str, *, revoked: bool) -> list[Effect]:
+        """A device was suspended or revoked: its place is over, and if revoked all it gave."""
+        place = self.uploads.get(device)
+        if not revoked:
+            if place is None or place.status != "going":
+                return []
+            return self._reject(place, "suspended_device", "the device is suspended")
+        self._revoked.add(device)
+        if place is not None and place.status != "rejected":
+            self._mark(place, "rejected")
+            place.reason = _REVOKED
+        return [Withdraw(device, _REVOKED)]
 
     def refused(self, event: Refused, *, now_s: float) -> list[Effect]:
         """An update was not taken, for good or for now."""

@@ -9,7 +9,7 @@ import logging
 import queue
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Literal
 
 from broker_bridge.disk import DiskFullError
@@ -54,14 +54,16 @@ _COMMIT_MAX = 64  # updates that share one fsync
 _TAKEN_MAX = 256  # messages before we look at the time again
 _DEVICE_KNOWN_S = 10.0  # how long a revoked device may still be heard
 _DEVICES_KNOWN_MAX = 20_000
+_FLEET_S = 1.0  # how often to look whether a command changed who belongs to the fleet
 _REPEAT_BLOB_S = 5.0  # a blob that many devices miss is retained again once, not for each
 _REJECTS_KINDS_MAX = 200
 _KEEP_REJECTS_S = 60.0  # how often the counts of dropped messages are written down
 _ROOM_S = 1.0  # how often to look whether the disk has room
 _KEYS_S = 1.0  # how often to look whether a command changed the keys
-_SWEEP_S = 3600.0  # how often to look for members that should renew
+_SWEEP_S = 600.0  # how often to look for members that should renew
 _WRITES = (
     ev.OpenRound, ev.CloseRound, ev.AbandonRound, ev.Publish, ev.MarkPaused, ev.EndRun, ev.Refuse,
+    ev.Withdraw,
 )  # fmt: skip
 _UP = {"join": Join, "init": Init, "need": NeedBlob, "report": Report}
 
@@ -99,6 +101,10 @@ class Service:
         self._results: queue.SimpleQueue[ev.Event] = queue.SimpleQueue()
         self._blob_at: dict[str, float] = {}
         self._retained: dict[str, int] = {}
+        self._fleet_at_s = clock()
+        self._fleet_changes = -1  # how many of them are known here
+        self._shut_out: Mapping[str, rows.DeviceStatus] = {}
+        self._revoked_keys: frozenset[bytes] = frozenset()
         self._sign = ledger.keys.sign  # made once: it takes as long as a signature
         self._known: dict[str, tuple[rows.Device, float]] = {}
         self._announced: bytes | None = None  # signed, of the round that is open or was last
@@ -124,6 +130,9 @@ class Service:
     def begin(self) -> None:
         """Take up what was open, and listen."""
         self._fit(self._link.limits.packet_bytes_max)
+        with self._ledger.db.reading() as tx:  # before the round is taken up without these
+            self._fleet_changes, self._shut_out = tx.fleet_changes(), tx.shut_out()
+        self._revoked_keys = self._registrar.home.roster().revoked_keys
         self._restore()
         self._link.subscribe([self._topics.all_states, *self._asking_for])
 
@@ -134,6 +143,7 @@ class Service:
     def turn(self, event: LinkEvent | None) -> None:
         """One turn: what came over the link, what was measured, and the time."""
         self._look_for_room()
+        self._look_at_fleet()
         self._look_at_keys()
         if self._clock() >= self._keep_rejects_s:
             self._keep_rejects()
@@ -252,6 +262,35 @@ class Service:
             self._trouble = ""
             self._coordinator.step(ev.Room())
 
+    # ── who belongs to the fleet ────────────────────────────────────────────────────────────
+
+    def _look_at_fleet(self, *, now: bool = False) -> None:
+        """Whether a command changed who belongs to it; once a second, or `now`."""
+        if not now and self._clock() < self._fleet_at_s:
+            return
+        self._fleet_at_s = self._clock() + _FLEET_S
+        with self._ledger.db.reading() as tx:
+            changes = tx.fleet_changes()
+            if changes == self._fleet_changes:
+                return
+            gone = tx.shut_out()
+        self._fleet_changes = changes
+        self._revoked_keys = self._registrar.home.roster().revoked_keys
+        self._known.clear()
+        self._accept()  # what is complete is in the sum before anything is taken out of it
+        before, self._shut_out = self._shut_out, gone
+        for name, status in gone.items():
+            if before.get(name) != status:
+                self._shut(name, revoked=status != "suspended")
+        if before.keys() - gone.keys():  # what they said while they were out was not heard
+            self._link.subscribe([self._topics.all_states])
+
+    def _shut(self, device: str, *, revoked: bool) -> None:
+        log.info("%s is %s", device, "revoked" if revoked else "suspended")
+        if revoked and self._coordinator.knows(device):
+            self._publish(self._topics.state(device), b"", retain=True)
+        self._handle([ev.ShutOut(device, revoked)])
+
     # ── keys ────────────────────────────────────────────────────────────────────────────────
 
     def _look_at_keys(self) -> None:
@@ -314,6 +353,7 @@ class Service:
             case UpTopic(device=device, kind="data"):
                 return self._chunk(device, message.payload)
             case UpTopic(device=device, kind="enrol"):
+                self._look_at_fleet(now=True)  # its name may be that of one who is to go
                 answer = self._registrar.answer(device, message.payload)
                 self._known.pop(device, None)
                 self._publish(self._topics.down(device, "cfg"), answer)
@@ -373,6 +413,8 @@ class Service:
                 self._known[name] = device, now + _DEVICE_KNOWN_S
         if device is None:
             raise PeerError("unknown_device", f"no device {name!r} is enrolled")
+        if device.sign_public in self._revoked_keys:
+            raise PeerError("revoked_device", f"the key of {name!r} was revoked")
         if device.status != "enrolled":
             raise PeerError("revoked_device", f"the device {name!r} is {device.status}")
         return device
@@ -420,6 +462,8 @@ class Service:
                 self._ledger.refuse(device, upload, reason)
             case ev.Forget(upload):
                 self._ledger.forget(upload)
+            case ev.Withdraw(device, reason):
+                self._ledger.withdraw(device, reason)
             case ev.Respond(reply):
                 self._respond(reply)
             case ev.StartRun(command, run):
@@ -488,6 +532,9 @@ class Service:
         return [opened]
 
     def _close_round(self, summary: RoundSummary) -> list[ev.Event]:
+        gone = self._ledger.gone_devices()
+        if gone:  # since we looked last: then it is decided again without them
+            return [ev.ShutOut(device, revoked=True) for device in gone]
         version, signed = self._ledger.close_round(summary)
         self._retain("model")
         self._reseal()

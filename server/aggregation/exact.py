@@ -77,6 +77,15 @@ class ExactSum:
         self.count += 1
         self.weight += weight
 
+    def remove(self, deltas: Tensors, weight: int) -> None:
+        """Take an update out that was added: every bit is then as if it had never come."""
+        weights.check(deltas, self.specs)
+        for name, sums in self._sums.items():
+            self._add_tensor(sums, deltas[name], -weight)
+        self._bound -= weight * self._largest(deltas)
+        self.count -= 1
+        self.weight -= weight
+
     def _largest(self, deltas: Tensors) -> int:
         """max|q| over all tensors, exactly: rint is monotone, so it is q of max|Δ|."""
         peaks = [0.0]

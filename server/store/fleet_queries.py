@@ -81,6 +81,12 @@ class FleetQueries(Queries):
         """How many devices have which status."""
         return self._counts(schema.devices.c.status)
 
+    def shut_out(self) -> dict[str, DeviceStatus]:
+        """Every device that may not take part though it was let in once, and why."""
+        c = schema.devices.c
+        query = select(c.name, c.status).where(c.status.in_(("suspended", "revoked", "removed")))
+        return {row[0]: row[1] for row in self._sql.execute(query)}
+
     def set_device_status(self, name: str, status: DeviceStatus) -> None:
         """Suspend, revoke or restore a device."""
         self._change(schema.devices, {"name": name}, {"status": status})

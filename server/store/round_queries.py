@@ -213,6 +213,15 @@ class RoundQueries(Queries):
         self._sql.execute(update(schema.receipts).where(*mine).values(values))
         return found
 
+    def gone_devices(self, number: int) -> list[str]:
+        """Devices that are revoked or removed, and have something in this round all the same."""
+        r, d = schema.receipts.c, schema.devices.c
+        query = select(r.device).distinct().where(
+            r.round == number, r.status.in_(("going", "accepted")), d.name == r.device,
+            d.status.in_(("revoked", "removed")),
+        )  # fmt: skip
+        return list(self._sql.scalars(query.order_by(r.device)))
+
     def settle_rest(self, number: int, *, at: float, reason: str) -> int:
         """Make every upload of a round that is still going `late`; say how many."""
         c = schema.receipts.c

@@ -58,10 +58,12 @@ from server.events import (
     Run,
     Seen,
     Send,
+    ShutOut,
     Started,
     StartRun,
     Tick,
     Upload,
+    Withdraw,
 )
 
 UPDATE_BYTES = 5000
@@ -793,6 +795,93 @@ def test_a_model_that_was_measured_before_the_crash_decides_after_it() -> None:
     assert EndRun in kinds(server.it.restore(run, None, [], now_s=0.0, last=last))
 
 
+# ── Who is shut out ─────────────────────────────────────────────────────────────────────
+
+
+def test_what_a_revoked_device_gave_is_taken_back_and_counts_no_more() -> None:
+    server = Server(online=3)
+    server.start(target=3, quorum=1)
+    server.upload("d0")
+    server.upload("d1")
+    (withdrawn,) = server.step(ShutOut("d1", revoked=True))
+    assert (withdrawn.device, type(withdrawn)) == ("d1", Withdraw)
+    assert server.it.status()["round"]["accepted"] == 1
+    (close,) = of(CloseRound, server.pass_time(600.0))
+    assert (close.summary.accepted, close.summary.examples) == (1, 10)
+
+
+def test_a_revoked_device_is_not_here_and_gives_its_place_to_another() -> None:
+    server = Server(online=1)
+    server.start(target=1)
+    answers = [messages_to(f"d{n}", server.join(f"d{n}")) for n in range(9)]
+    full = next(n for n, (answer,) in enumerate(answers) if isinstance(answer, Busy))
+    assert server.it.knows("d0")
+    server.step(ShutOut("d0", revoked=True))
+    assert not server.it.knows("d0")
+    (answer,) = messages_to(f"d{full}", server.join(f"d{full}"))
+    assert isinstance(answer, Go)
+
+
+def test_an_update_that_is_between_disk_and_sum_is_taken_back_when_it_is_in_it() -> None:
+    server = Server(online=2)
+    server.start(target=2, quorum=1)
+    server.join("d0")
+    server.commit("d0")
+    upload = ids_of("d0")[0]
+    server.it.step(Chunk(upload, 0))  # its Accept is not carried out yet
+    assert kinds(server.step(ShutOut("d0", revoked=True))) == [Withdraw]
+    assert kinds(server.step(Accepted(upload))) == [Withdraw]
+    assert server.it.status()["round"]["accepted"] == 0
+
+
+def test_a_round_that_is_closing_is_decided_again_without_whoever_was_revoked() -> None:
+    server = Server(online=2)
+    server.start(target=2, quorum=1)
+    server.upload("d0")
+    server.join("d1")
+    server.commit("d1")
+    upload = ids_of("d1")[0]
+    server.it.step(Chunk(upload, 0))
+    (close,) = of(CloseRound, server.it.step(Accepted(upload)))  # and cannot be written yet
+    assert (close.summary.accepted, server.it.phase) == (2, Phase.CLOSING)
+    assert kinds(server.step(ShutOut("d1", revoked=True))) == [Withdraw]
+    assert server.it.phase is Phase.OPEN
+    (close,) = of(CloseRound, server.pass_time(600.0))
+    assert close.summary.accepted == 1
+
+
+def test_the_same_word_twice_moves_a_closing_round_once() -> None:
+    server = Server(online=2)
+    server.start(target=1, quorum=1)
+    server.join("d0")
+    server.join("d1")
+    server.commit("d0")
+    upload = ids_of("d0")[0]
+    server.it.step(Chunk(upload, 0))
+    server.it.step(Accepted(upload))
+    assert server.it.phase is Phase.CLOSING
+    server.it.step(ShutOut("d1", revoked=True))  # it gave nothing
+    assert server.it.phase is Phase.CLOSING
+
+
+def test_a_suspended_device_loses_its_place_but_not_what_was_accepted() -> None:
+    server = Server(online=3)
+    server.start(target=3, quorum=1)
+    server.upload("d0")
+    server.join("d1")
+    assert server.step(ShutOut("d0", revoked=False)) == []
+    refuse, answer = server.step(ShutOut("d1", revoked=False))
+    assert (type(refuse), answer.message.status) == (Refuse, "rejected")
+    assert server.it.status()["round"]["accepted"] == 1
+
+
+@pytest.mark.parametrize("revoked", [True, False])
+def test_without_a_round_a_device_is_only_forgotten(revoked: bool) -> None:
+    server = Server(online=2)
+    assert server.step(ShutOut("d0", revoked=revoked)) == []
+    assert server.it.online() == ["d1"]
+
+
 # ── Any event in any state ──────────────────────────────────────────────────────────────
 
 devices = st.sampled_from(["d0", "d1", "d2"])
@@ -841,6 +930,7 @@ any_event = st.one_of(
     st.builds(Chunk, ids, st.integers(0, 2)),
     st.builds(Accepted, ids),
     st.builds(Refused, ids, st.sampled_from(["rejected", "busy", "resend"]), st.just("a: b")),
+    st.builds(ShutOut, devices, st.booleans()),
     st.builds(Closed, st.integers(0, 4), st.booleans()),
     st.builds(Evaluated, st.integers(0, 4), st.integers(1, 9), st.just({"accuracy": 0.5})),
     st.builds(

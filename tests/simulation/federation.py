@@ -158,10 +158,12 @@ class Federation:
     @property
     def _patience_s(self) -> float:
         """One round may have been spoilt; the rest have no excuse."""
+        # A target that cannot be reached any more is waited for until the deadline.
+        round_s = 60.0 + (DEADLINE_S if self.oracle.revoked else 0.0)
         return (
             self.weather.until_s
             + DEADLINE_S
-            + 60.0 * self.weather.rounds * self.weather.runs
+            + round_s * self.weather.rounds * self.weather.runs
             + 60.0
         )
 
@@ -191,8 +193,22 @@ class Federation:
                 self.broker.leave(1.0, keep=self.draw.random() < 0.5)
             case "replay":
                 self.broker.replay()
+            case "revoke" if isinstance(machine, Device) and self._can_spare(machine):
+                self.revoke(machine.name)
             case "clock":
                 machine.wall_jump_s = self.draw.uniform(-10 * YEAR_S, 10 * YEAR_S)
+
+    def _can_spare(self, device: Device) -> bool:
+        """Whether a trainer is left without this one: a run of nobody would never end."""
+        left = {d.name for d in self.devices if d.role == "train"} - {*self.oracle.revoked}
+        return len(left - {device.name}) >= 1
+
+    def revoke(self, name: str) -> None:
+        """What `midge device revoke` leaves in the database, whether or not a server runs."""
+        with self.server.database.database.transaction() as tx:
+            tx.set_device_status(name, "revoked")
+            tx.count_fleet_change()
+        self.oracle.shut_out(name)
 
     def _over(self) -> bool:
         """Whether the faults and the run are over, and every device has heard so."""

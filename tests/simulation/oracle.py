@@ -53,6 +53,7 @@ class Oracle:
         self._encs: dict[bytes, bytes] = {}
         self._sealed: dict[tuple[Any, ...], bytes] = {}
         self._promised: set[tuple[int, str, bytes]] = set()
+        self.revoked: dict[str, int] = {}  # by device: the newest round that had ended by then
         self.story: list[str] = []
         self.receipts = 0
 
@@ -135,6 +136,17 @@ class Oracle:
         demand(this is None or this.places <= most, "more places than devices")
         demand(len(server.coordinator.rejects) <= REJECTS_KINDS_MAX, "too many kinds of rejects")
 
+    # ── when somebody is shut out ───────────────────────────────────────────────────────
+
+    def shut_out(self, device: str) -> None:
+        """From now on no model may hold anything of this device."""
+        with self._server.database.database.reading() as tx:
+            this, highest = tx.current_round(), tx.highest_round()
+        self.revoked.setdefault(device, highest if this is None else this.number - 1)
+
+    def _is_shut_out(self, device: str, number: int) -> bool:
+        return device in self.revoked and number > self.revoked[device]
+
     # ── at the end ──────────────────────────────────────────────────────────────────────
 
     def check_end(self) -> None:
@@ -150,7 +162,12 @@ class Oracle:
         demand(all(r.round_key is None for r in rounds), "the key of a round outlived it")
         kept = {(r.round, r.device, r.upload) for rs in receipts.values() for r in rs}
         self.receipts = len(kept)
+        for number, device, _ in kept:
+            demand(not self._is_shut_out(device, number), f"{device} was revoked, and is counted "
+                   f"in round {number}")  # fmt: skip
         for number, device, upload in self._promised - kept:
+            if self._is_shut_out(device, number):
+                continue
             raise ViolationError(f"{device} has a receipt for {upload.hex()} in round {number}; "
                             "the server has not")  # fmt: skip
         self._follow(rounds, receipts, models)

@@ -126,6 +126,7 @@ _EVENTS = {
     "copy": 0.3,
     "rewind": 0.15,
     "corrupt": 0.4,
+    "revoke": 0.1,
 }
 
 

@@ -11,7 +11,7 @@ from broker_bridge.errors import LinkError
 from broker_bridge.link.base import Message
 from broker_bridge.link.local_broker import LocalBroker, free_port, shipped_file
 from broker_bridge.link.tls import TlsFiles
-from server.fleet.authority import Authority, Issued, read_certificate
+from server.fleet.authority import Authority, Issued
 from tests.broker_bridge.link.reading import GIVE_UP_S, event_of, messages_until, subscribed
 
 FED = "midge/v1/demo"
@@ -238,16 +238,6 @@ def switched_on(option, pki, tmp_path):
         engine="mosquitto",
         conf_text=text.replace(f"\n#{option} ", f"\n{option} "),
     )
-
-
-def test_a_revoked_device_is_shut_out_and_the_others_are_not(pki, tmp_path, links):
-    stolen = read_certificate(pki.files("stolen").certificate.read_bytes()).serial
-    broker = switched_on("crlfile", pki, tmp_path)
-    (broker.folder / "revoked.pem").write_bytes(pki.ca.revocation_list([stolen], now=pki.now))
-    with broker:
-        links(broker.port, "ward-1", tls=pki.files("ward-1"))
-        with pytest.raises(LinkError, match="refused our client certificate"):
-            links(broker.port, "stolen", tls=pki.files("stolen"))
 
 
 def test_with_the_user_name_as_client_id_no_device_can_cut_off_another(pki, tmp_path, links):

@@ -98,6 +98,16 @@ def test_any_order_gives_the_same_bits(updates: list[Update], random: Any) -> No
     assert summed(updates).state() == summed(shuffled).state()
 
 
+@given(updates, updates, st.randoms())
+def test_what_was_taken_out_has_left_no_bit_behind(
+    kept: list[Update], taken: list[Update], random: Any
+) -> None:
+    total = summed(random.sample([*kept, *taken], len(kept) + len(taken)))
+    for delta, weight in taken:
+        total.remove(delta, weight)
+    assert total.digest() == summed(kept).digest()
+
+
 def test_any_order_gives_the_same_bits_where_floats_would_not() -> None:
     big, small = np.float32(1e6), np.float32(2**-20)
     assert (big + small) + -big != (big + -big) + small
