@@ -1,0 +1,47 @@
+"""docs/brokers.md says what the tests found, and its nats.conf runs a fleet as it stands."""
+
+import json
+import re
+import socket
+
+from tests.conformance.brokers import Nats, wait_for_session
+from tests.conformance.brokers_doc import nats_conf, printed_table
+from tests.conformance.capabilities import table
+from tests.fleets import TOPICS
+
+
+def test_the_table_in_the_doc_is_the_one_that_the_tests_hold():
+    assert printed_table() == table()
+
+
+def test_a_fleet_enrols_and_trains_over_nats_with_the_configuration_in_the_doc(fleets):
+    fleet = fleets()
+    broker = Nats(
+        fleet.folder, lambda _: nats_conf(fleet.home, fleet.folder, fleet.port, ("ann", "ben"))
+    )
+    broker.port = fleet.port
+    fleet.broker = broker
+    broker.start()
+    wait_for_session(fleet.port, tls=fleet.home.tls("server"))
+    fleet.start_server()
+    listener = fleet.listen(TOPICS.all_states, TOPICS.metrics)
+    for name in ("ann", "ben"):
+        assert fleet.midge("device", "add", name).returncode == 0
+        fleet.device(name, "--bundle", str(fleet.home.bundle(name)))
+    for name in ("ann", "ben"):
+        listener.wait_for_json(TOPICS.state(name), state="ready")
+    fleet.start_run(rounds=1, target=2)
+    listener.wait_for_json(TOPICS.metrics, round=1, state="closed", accepted=2)
+    status = json.loads(fleet.midge("status", "--json").stdout)
+    assert status["rejected"] == {}
+    for user in ("CN=midge-server", "CN=ann"):
+        assert b"Authorization Violation" in by_natss_own_protocol(fleet.folder, user)
+
+
+def by_natss_own_protocol(folder, user):
+    """No user has a password: what a client that is not MQTT gets who names one."""
+    port = re.search(r'^listen: "127.0.0.1:(\d+)"$', (folder / "nats.conf").read_text(), re.M)[1]
+    with socket.create_connection(("127.0.0.1", int(port)), timeout=20) as line:
+        assert line.recv(4096).startswith(b"INFO ")
+        line.sendall(b'CONNECT {"user": "%s", "pass": "", "protocol": 1}\r\n' % user.encode())
+        return line.recv(4096)
