@@ -12,9 +12,11 @@ import click
 import msgspec
 
 from broker_bridge.disk import disk_errors, write_atomic
-from broker_bridge.errors import LocalError
+from broker_bridge.errors import LocalError, PeerError
+from broker_bridge.wire.enrolment import Bundle
 from server.commands.options import DIR, JSON, host_port
-from server.fleet.enrolment import add_device
+from server.config import Broker
+from server.fleet import additions
 from server.fleet.flash.parcel import cached_tasks, own_files, parcel, settings_text, tarball
 from server.fleet.flash.targets import TARGETS, Target, find_target
 from server.fleet.flash.wheelhouse import cache_folder
@@ -35,6 +37,10 @@ _WHAT = (
     click.option("--task-cache", is_flag=True, help="Put the fleet's tasks on the device."),
     click.option("--days", default=float(_DAYS), show_default=True,
                  help="How long the one-time token lives."),
+    click.option("--by-hand", is_flag=True,
+                 help="It waits for `midge device accept` before it gets in."),
+    click.option("--bundle", "made", type=FILE,
+                 help="A bundle of `midge device add` or `replace`, instead of a new one."),
     click.option("--broker", "address", help="HOST:PORT for devices, if not as in midge.toml."),
     click.option("--wheels", type=FOLDER, help="Where wheels are kept; default: your cache."),
 )  # fmt: skip
@@ -57,6 +63,8 @@ class What:
     role: str
     task_cache: bool
     days: float
+    by_hand: bool
+    made: Path | None
     address: str | None
     wheels: Path | None
 
@@ -72,20 +80,35 @@ class What:
         )  # fmt: skip
 
     def token(self, device: str, now: float) -> tuple[bytes, str]:
-        """Make a one-time token; return its bundle and when it ends. Raises LocalError."""
-        broker = self.home.config().broker
-        if self.address:
-            host, port = host_port(self.address)
-            broker = msgspec.structs.replace(broker, host=host, port=port)
-        hours = self.days * 24
-        with contextlib.closing(Database(self.home.database)) as db:
-            path = add_device(self.home, db, device, broker=broker, now=now, hours=hours)
+        """A one-time token for the device: its bundle, and when it ends. Raises LocalError."""
+        path = self.made
+        if path is None:
+            broker = self._broker()
+            with contextlib.closing(Database(self.home.database)) as db:
+                path = additions.add(
+                    self.home, db, device, now=now, hours=self.days * 24, by_hand=self.by_hand,
+                    broker=broker,
+                ).bundle  # fmt: skip
         with disk_errors(path):
-            return path.read_bytes(), _date(now + hours * 3600)
+            data = path.read_bytes()
+        found = _decoded(data, path)
+        if found.device != device:
+            raise LocalError(f"{path} is for the device {found.device!r}, not {device!r}")
+        return data, found.token_expires
+
+    def _broker(self) -> Broker:
+        broker = self.home.config().broker
+        if not self.address:
+            return broker
+        host, port = host_port(self.address)
+        return msgspec.structs.replace(broker, host=host, port=port)
 
     def must_be_reachable(self) -> None:
         """Refuse a broker's address that means the device itself. Raises LocalError."""
-        host = host_port(self.address)[0] if self.address else self.home.config().broker.host
+        host = self._broker().host
+        if self.made is not None:
+            with disk_errors(self.made):
+                host = _decoded(self.made.read_bytes(), self.made).broker_host
         if host == "localhost" or host.startswith("127.") or host == "::1":
             raise LocalError(
                 f"on a Pi, {host!r} is the Pi itself; say --broker HOST:PORT with an address of "
@@ -94,8 +117,11 @@ class What:
             )
 
 
-def _date(moment: float) -> str:
-    return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(moment))
+def _decoded(data: bytes, path: Path) -> Bundle:
+    try:
+        return Bundle.decode(data)
+    except PeerError as error:
+        raise LocalError(f"{path}: {error}; take one of `midge device add`") from None
 
 
 @click.command()

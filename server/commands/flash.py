@@ -14,16 +14,16 @@ from broker_bridge import checkup
 from broker_bridge.disk import disk_errors, write_atomic
 from broker_bridge.errors import LocalError
 from broker_bridge.wire.envelope import fingerprint, random_bytes
-from broker_bridge.wire.topics import is_name
 from server.commands.bundle import FILE, FOLDER, What, what_options
 from server.commands.options import DIR, JSON
+from server.fleet.additions import names_from
 from server.fleet.authority import check_device_name
 from server.fleet.flash import flashing
 from server.fleet.flash.card import Card, copy_image, open_card
 from server.fleet.flash.diagnosis import diagnose
 from server.fleet.flash.firstboot import Login, Wifi, login, wifi
 from server.fleet.flash.flashing import Settings
-from server.fleet.flash.labels import Written, as_csv, as_labels, numbered
+from server.fleet.flash.labels import Written, as_csv, as_labels
 from server.fleet.home import Home
 from server.store.database import Database
 
@@ -70,10 +70,12 @@ def flash(
     names = _names(device, count, pattern, image)
     wanted = What(Home.find(folder), **what)
     wanted.must_be_reachable()
+    if wanted.made is not None and count is not None:
+        raise LocalError("a bundle is for one device; leave --bundle out")
     joined = _asked(ssid, wifi_country, wifi_hidden)
     who = _login(user, ssh_key)
     job = _Job(wanted, joined, who, replace=replace, quiet=as_json)
-    began = time.monotonic()
+    began = time.time()
     if dry_run:
         job.show(open_card(boot, _unpacked(image)), names[0])
         return
@@ -99,16 +101,9 @@ def _names(
     elif count is None or pattern is None or device is not None or image is None:
         raise LocalError("a fleet of cards takes --count, --name and --image, and no --device")
     else:
-        try:
-            names = numbered(pattern, count)
-        except (ValueError, IndexError, KeyError, AttributeError):
-            raise LocalError(
-                f"--name {pattern!r} does not number the devices; write it as in 'ward-{{:02}}'"
-            ) from None
+        names = names_from(pattern, count=count)
     for name in names:
         check_device_name(name)
-        if not is_name(name):
-            raise LocalError(f"{name!r} cannot be a device's name; use a-z, 0-9 and inner '-'")
     return names
 
 
@@ -228,13 +223,16 @@ def _wait(home: Home, names: list[str], began: float) -> None:
     with contextlib.closing(Database(home.database)) as db:
         while left:
             with db.reading() as tx:
-                here = [device for name in left if (device := tx.device(name)) is not None]
-            for device in here:
-                minutes, seconds = divmod(int(time.monotonic() - began), 60)
+                known = [device for name in left if (device := tx.device(name)) is not None]
+            # Whoever had this name on an earlier card does not count.
+            for device in (d for d in known if d.enrolled_at >= began):
+                minutes, seconds = divmod(int(time.time() - began), 60)
                 click.echo(
                     f"{device.name} enrolled after {minutes}m{seconds:02}s, "
                     f"fingerprint {fingerprint(device.sign_public)}"
                 )
+                if device.status == "waiting":
+                    click.echo(f"it waits for you: midge device accept {device.name}")
                 left.remove(device.name)
             time.sleep(1.0 if left else 0)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from broker_bridge.disk import write_atomic
 from broker_bridge.errors import LocalError
+from server.config import Broker
 from server.fleet.enrolment import add_device, check_free, check_name
 from server.fleet.expulsion import free_name
 from server.fleet.home import Home
@@ -42,15 +43,17 @@ def names_from(pattern: str, *, count: int, first: int = 1) -> list[str]:
     return [f"{before}{number:0{int(digits or 1)}d}{after}" for number in numbers]
 
 
-def add(home: Home, db: Database, name: str, *, now: float, hours: float, by_hand: bool) -> Added:
-    """Add one device; see `add_device`."""
+def add(
+    home: Home, db: Database, name: str, *, now: float, hours: float, by_hand: bool,
+    broker: Broker | None = None,
+) -> Added:  # fmt: skip
+    """Add one device; see `add_device`. `broker`: where it finds it, if not as in midge.toml."""
     with db.reading() as tx:
         check_name(name, hours)
         check_free(tx.device(name), name)
     free_name(home, db, name)  # for a name whose former holder was removed
-    path = add_device(
-        home, db, name, broker=home.config().broker, now=now, hours=hours, by_hand=by_hand
-    )
+    where = broker or home.config().broker
+    path = add_device(home, db, name, broker=where, now=now, hours=hours, by_hand=by_hand)
     expires = datetime.fromtimestamp(now + hours * 3600, UTC).isoformat(timespec="minutes")
     return Added(name, path, expires)
 

@@ -137,8 +137,8 @@ def test_it_waits_until_the_device_has_enrolled(alone, bootfs, tmp_path):
         (["--device", "ward-3", "--boot", "{}", *BROKER], ["no boot partition of a Raspberry Pi"]),
         (["--device", "ward-3", "--image", "{}/fleet/midge.toml", *BROKER], ["no partition table"]),
         (["--count", "3", "--image", "{}/x.img"], ["--count, --name and --image"]),
-        (["--count", "3", "--name", "ward", "--image", "{}/x.img"], ["number the devices"]),
-        (["--count", "3", "--name", "ward-{{0.x}}", "--image", "{}/x.img"], ["number the devices"]),
+        (["--count", "3", "--name", "ward", "--image", "{}/x.img"], ["pattern of names"]),
+        (["--count", "3", "--name", "ward-{{0.x}}", "--image", "{}/x.img"], ["pattern of names"]),
         (["--device", "ward-3", "--boot", "{}", "--wifi", "Ward", *BROKER], ["--wifi-country"]),
         (["--device", "ward-3", "--boot", "{}", "--ssh-key", "{}/fleet/midge.toml", *BROKER],
          ["public key"]),
@@ -156,3 +156,30 @@ def test_a_32_bit_image_is_refused_and_no_copy_is_left(alone, tmp_path):
     is_refusal(done, "32-bit system", "Raspberry Pi OS (64-bit)")
     assert list((tmp_path / "out").iterdir()) == []
     assert not alone.home.bundle("ward-3").exists()
+
+
+def test_a_bundle_that_is_there_already_goes_on_the_card(alone, bootfs):
+    assert alone.midge("device", "add", "ward-9").returncode == 0
+    is_refusal(
+        flash(alone, "--device", "ward-9", "--boot", bootfs, "--bundle",
+              alone.home.bundle("ward-9")),
+        "'localhost' is the Pi itself",
+    )  # fmt: skip
+    settings = alone.home.folder / "midge.toml"
+    settings.write_text(settings.read_text().replace("localhost", "192.0.2.10"))
+    assert alone.midge("device", "add", "ward-3").returncode == 0
+    made = alone.home.bundle("ward-3")
+    before = made.read_bytes()
+    is_refusal(
+        flash(alone, "--device", "ward-4", "--boot", bootfs, "--bundle", made),
+        "is for the device 'ward-3'",
+    )
+    is_refusal(
+        flash(alone, "--device", "ward-3", "--boot", bootfs, "--bundle",
+              alone.home.folder / "midge.toml"),
+        "not a device bundle",
+    )  # fmt: skip
+    assert cards.tree_of(bootfs) == cards.TRIXIE
+    done = flash(alone, "--device", "ward-3", "--boot", bootfs, "--bundle", made, "--no-wait")
+    assert done.returncode == 0, done.stderr
+    assert (bootfs / "midge" / "device.bundle").read_bytes() == before == made.read_bytes()

@@ -10,7 +10,7 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["Written", "as_csv", "as_labels", "numbered"]
+__all__ = ["Written", "as_csv", "as_labels"]
 
 
 @dataclass(frozen=True)
@@ -20,14 +20,6 @@ class Written:
     device: str
     image: str
     token_expires: str
-
-
-def numbered(pattern: str, count: int) -> list[str]:
-    """Names from a pattern as in `ward-{:02}`, from 1. Raises ValueError, IndexError, KeyError."""
-    names = [pattern.format(number) for number in range(1, count + 1)]
-    if len(set(names)) < count:
-        raise ValueError("the numbers are not in the names")
-    return names
 
 
 def as_csv(cards: Sequence[Written]) -> str:
