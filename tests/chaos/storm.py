@@ -81,6 +81,24 @@ class Storm:
                 self._mend()
             self._lull()
 
+    def outage(self, away_s: float) -> None:
+        """The broker is gone for long, and half-way the server and a device die as well."""
+        self.fleet.broker.kill()
+        if self.draw.random() < 0.5:
+            (self.fleet.home.broker / "midge.db").unlink(missing_ok=True)
+        self._sit_out(away_s / 2)
+        self._server.kill()
+        self.devices[self.draw.choice(NAMES)].kill()
+        self.kills.update(("broker", "server", "device"))
+        self._sit_out(away_s / 2)
+        self.fleet.broker.start()
+
+    def _sit_out(self, seconds: float) -> None:
+        over_s = time.monotonic() + seconds
+        while time.monotonic() < over_s:
+            self._mend()
+            time.sleep(1.0)
+
     def _strike(self) -> None:
         (who,) = self.draw.choices(list(OFTEN), list(OFTEN.values()))
         pause_s = self.draw.choice((0.0, 0.0, self.draw.uniform(0, 1)))

@@ -16,10 +16,10 @@ from device_client.identity import Identity
 from server.fleet.home import ServerKeys
 from server.store.rows import Device as DeviceRow
 from tests.simulation.disk import SimulatedDatabase
-from tests.simulation.machines import DEADLINE_S, FEDERATION, Device, Machine, Parts, Server
+from tests.simulation.machines import FEDERATION, Device, Machine, Parts, Server
 from tests.simulation.network import PACKET_BYTES, WatchedBroker
 from tests.simulation.oracle import Oracle, ViolationError, demand
-from tests.simulation.weather import YEAR_S, Weather
+from tests.simulation.weather import OUTAGE_S, YEAR_S, Weather
 from tests.simulation.work import Trainings
 
 __all__ = ["Federation", "Outcome", "simulate"]
@@ -112,7 +112,8 @@ class Federation:
         self.oracle = Oracle(self.server, self.devices, trainings)
         self.broker.observe = self.oracle.observe
         command: dict[str, object] = {
-            "cmd": "start", "rounds": weather.rounds, "quorum": weather.quorum
+            "cmd": "start", "rounds": weather.rounds, "quorum": weather.quorum,
+            "deadline_s": weather.deadline_s,
         }  # fmt: skip
         self.operator = Operator(
             self.broker,
@@ -159,10 +160,10 @@ class Federation:
     def _patience_s(self) -> float:
         """One round may have been spoilt; the rest have no excuse."""
         # A target that cannot be reached any more is waited for until the deadline.
-        round_s = 60.0 + (DEADLINE_S if self.oracle.revoked else 0.0)
+        round_s = 60.0 + (self.weather.deadline_s if self.oracle.revoked else 0.0)
         return (
             self.weather.until_s
-            + DEADLINE_S
+            + self.weather.deadline_s
             + round_s * self.weather.rounds * self.weather.runs
             + 60.0
         )
@@ -175,6 +176,8 @@ class Federation:
             case "away":
                 away_s = min(self.draw.uniform(0, 60), self.weather.until_s - self.broker.now_s)
                 self.broker.leave(away_s, keep=self.draw.random() < 0.5)
+            case "outage":
+                self.broker.leave(OUTAGE_S, keep=self.draw.random() < 0.5)
             case "drop" if machine.link is not None:
                 machine.link.drop(away_s=self.draw.uniform(0, 20))
             case "kill" | "power" if machine.is_up:

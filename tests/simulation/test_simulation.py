@@ -13,7 +13,7 @@ from tests.simulation.disk import Crash
 from tests.simulation.federation import Federation, simulate
 from tests.simulation.machines import Parts
 from tests.simulation.soak import soak
-from tests.simulation.weather import Weather
+from tests.simulation.weather import OUTAGE_S, Weather
 
 SEEDS = 500
 
@@ -59,16 +59,28 @@ def test_a_few_faults_in_a_run_cost_no_round_an_update(events: list[tuple[str, s
         assert updates_lost(events, moment * 2.0) == []
 
 
+def test_a_broker_that_is_away_for_five_minutes_costs_no_round_an_update() -> None:
+    for moment in range(8):
+        lost = updates_lost([("outage", "server")], moment * 2.0, deadline_s=OUTAGE_S + 60.0)
+        assert lost == []
+
+
 def updates_lost(
-    events: list[tuple[str, str]], moment_s: float, parts: Parts | None = None
+    events: list[tuple[str, str]],
+    moment_s: float,
+    parts: Parts | None = None,
+    deadline_s: float = 60.0,
 ) -> list[str]:
     """The rounds that ended without an update of each device that was there."""
     weather = Weather.calm(seed=int(moment_s), devices=3, rounds=2)
     weather.training_s, weather.until_s = 10.0, moment_s + 25.0
+    weather.deadline_s = deadline_s
+    if ("outage", "server") in events:
+        weather.until_s += OUTAGE_S
     weather.events = [(0.0, "copy", "server")]
     weather.events += [(moment_s + after, *each) for after, each in enumerate(events)]
     federation = Federation(weather, parts)
-    federation.run()
+    assert federation.run().virtual_s >= weather.until_s
     with federation.server.database.database.reading() as tx:
         ended = [msgspec.json.decode(r.summary_json) for r in tx.rounds_of(1)]
     return [str(r) for r in ended if r["state"] != "closed" or r["accepted"] < r["target"]]

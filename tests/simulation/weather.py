@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 
 from tests.simulation.disk import Crash
 
-__all__ = ["Mischief", "Weather"]
+__all__ = ["OUTAGE_S", "Mischief", "Weather"]
 
 YEAR_S = 365 * 86_400.0
+OUTAGE_S = 300.0  # five minutes without a broker
 
 # Where the disk may say no, and with what.
 NEEDS_ROOM = frozenset({"create", "write", "mkdir", "commit"})
@@ -45,6 +46,7 @@ class Weather:
     quorum: int
     optimiser: str
     runs: int = 1
+    deadline_s: float = 60.0
     evaluators: int = 0
     large: bool = False  # whether each update has a file of its own in the spool
     knows_room: bool = False  # whether the server can ask how much room its disk has
@@ -106,6 +108,9 @@ class Weather:
         for event, chance in _EVENTS.items():
             while some(chance):
                 self.events.append((moment(), event, draw.choice(machines)))
+        if some(0.04):
+            self.events.append((moment(), "outage", "server"))
+            self.until_s += OUTAGE_S
         self.events.sort()
         return self
 
