@@ -7,7 +7,7 @@
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench campaign fuzz soak pi-test clean mosquitto mosquitto-or-fail qemu-or-fail python
+.PHONY: help demo test check bench campaign fuzz soak pi-test lock sbom clean mosquitto mosquitto-or-fail qemu-or-fail python
 
 # TensorFlow Lite's lean runtime exists for Python 3.11 and no newer, so that one comes first;
 # then those that the demo was tried on; then whatever there is, if it is new enough.
@@ -64,8 +64,17 @@ soak: .venv-dev/.ready mosquitto-or-fail  ## simulate SEEDS federations under fa
 	@.venv-dev/bin/python -m tests.chaos --minutes $(KILL_MINUTES)
 
 clean:  ## remove the environments and caches; fleets and their keys stay
-	rm -rf .venv .venv-dev build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-dev .venv-sbom build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+lock: .venv-dev/.ready  ## write the hash-locked requirements again, for devices and servers
+	@.venv-dev/bin/python -m tests.locks
+
+sbom: python  ## list what a device and a server consist of, as CycloneDX JSON, in dist/
+	@$(call fresh_venv,.venv-sbom/tool)
+	@.venv-sbom/tool/bin/python -m pip install --quiet --disable-pip-version-check $(CYCLONEDX)
+	@$(call list_parts,device,server/fleet/flash/locks/py$(PY).txt)
+	@$(call list_parts,server,server/requirements-py$(PY).txt)
 
 # ── What they need ───────────────────────────────────────────────────────────────────────
 
@@ -95,6 +104,27 @@ python:
 	@test -n "$(PYTHON)" || { \
 		echo "make: no Python 3.11 or newer found. Name one: make PYTHON=/path/to/python3.11 …" >&2; \
 		exit 1; }
+# What `sbom` lists: an environment with the locked wheels and midge in it, and nothing else.
+CYCLONEDX := 'cyclonedx-bom==7.5.0' 'cyclonedx-python-lib[json-validation]'
+PY = $(shell "$(PYTHON)" -c 'import sys; print("%d%d" % sys.version_info[:2])')
+
+define list_parts
+	echo "Listing what a $(1) consists of, with Python of version $(PY) …"; \
+	test -f $(2) || { echo "make: there is no $(2); take Python 3.11 or 3.13" >&2; exit 1; }; \
+	$(call fresh_venv,.venv-sbom/$(1)); mkdir -p dist; \
+	.venv-sbom/$(1)/bin/python -m pip install --quiet --disable-pip-version-check \
+		--require-hashes --only-binary :all: -r $(2) && \
+	.venv-sbom/tool/bin/python -m pip --python .venv-sbom/$(1)/bin/python install --quiet \
+		--disable-pip-version-check --no-deps -e . && \
+	.venv-sbom/$(1)/bin/python -m pip uninstall --quiet --yes setuptools pip && \
+	.venv-sbom/tool/bin/cyclonedx-py environment --pyproject pyproject.toml \
+		--mc-type application --output-reproducible --validate --output-format JSON \
+		--output-file dist/midge-$(1)-py$(PY).cdx.json .venv-sbom/$(1)/bin/python && \
+	echo "dist/midge-$(1)-py$(PY).cdx.json"
+endef
+
+fresh_venv = rm -rf $(1) && "$(PYTHON)" -m venv $(1)
+
 
 # The broker. The demo can do without mosquitto, the tests cannot: they test its configuration.
 mosquitto:
