@@ -39,6 +39,8 @@ from broker_bridge.wire.topics import DownTopic, Topics
 from broker_bridge.wire.update import Binding, seal_update
 from device_client import events as ev
 from device_client import identity as identities
+from device_client import model as models
+from device_client.eligibility import Verdict, reason_against
 from device_client.identity import Identity
 from device_client.journal import Journal
 from device_client.outbox import Outbox
@@ -62,6 +64,8 @@ _PRESENCE: dict[State, Literal["ready", "training", "uploading"]] = {
 }
 _DETAIL_CHARS_MAX = 500  # what `Presence` takes; the log has the whole sentence
 _LASTS_S = 0.5  # how long a state must last to be worth telling the broker and the disk
+_TELLING = (State.IDLE, State.WAITING)  # what a device that does nothing waits for
+_JUDGE_S = 1.0  # how often to look at the owner's rules
 _ROOM_S = 5.0  # how often to look whether a full disk has room again
 _DOWN = {"go": Go | Busy, "need": Need, "ack": Ack}
 
@@ -92,9 +96,13 @@ class Agent:
         random: Callable[[int], bytes] = random_bytes,
         relink: Callable[[Link, Identity], Link] | None = None,
         software: str = "",
+        judged: Callable[[int | None], list[Verdict]] | None = None,
+        keeps_model: bool = False,
     ) -> None:
         """`relink` ends a link and makes another, with the certificate of a new identity; without
-        it, the new certificate is used when the process starts again."""
+        it, the new certificate is used when the process starts again. `judged` says what the
+        owner's rules say now, given the number of samples. `keeps_model`: for this device's own
+        programs (device_client/model.py)."""
         self.identity = identity
         self.rejects: Counter[str] = Counter()
         self._topics = Topics(identity.federation)
@@ -114,6 +122,10 @@ class Agent:
         self._renewer = Renewer(journal.folder, disk=journal.disk, random=random, software=software)
         self._relink = relink
         self._has_other_certificate = False  # than the one that the link was made with
+        self._judged = judged
+        self._judge_at_s = 0.0
+        self._eligible = ev.Eligible()
+        self._keeps_model = keeps_model
         self._role: Literal["train", "evaluate"] = role
         self._draw = draw
         self._participant = self._as_after_a_power_cut()
@@ -143,8 +155,12 @@ class Agent:
             samples=self._bench.samples,
             role=self._role,
             fleet_epochs=frozenset(self.identity.fleet_keys),
+            kept_version=self._kept_version() if self._keeps_model else None,
             draw=self._draw,
         )
+
+    def _kept_version(self) -> int:
+        return models.kept(self._journal.folder, "global", disk=self._journal.disk) or 0
 
     # ── the loop ────────────────────────────────────────────────────────────────────────
 
@@ -199,12 +215,28 @@ class Agent:
         self._link.subscribe(self._asking_for)
 
     def _work(self, event: LinkEvent | None) -> None:
-        happened: list[ev.Event] = [ev.Tick(self._clock())]
+        happened: list[ev.Event] = [ev.Tick(self._clock()), *self._look_at_rules()]
         if event is not None:
             happened += self._understand(event)
         happened += self._bench.background.finished()
         self._handle(happened)
         self._handle([ev.Room(self._link.room())])
+
+    def _look_at_rules(self) -> list[ev.Event]:
+        """Whether the owner's rules let this device work: looked at every second, told if new."""
+        if self._judged is None or self._clock() < self._judge_at_s:
+            return []
+        self._judge_at_s = self._clock() + _JUDGE_S
+        verdicts = self._judged(self._participant.samples or None)
+        found = ev.Eligible(
+            reason_against(verdicts), reason_against([v for v in verdicts if v.network])
+        )
+        before, self._eligible = self._eligible, found
+        if found == before:
+            return []
+        if bool(found.against) != bool(before.against):
+            log.info("%s", f"not now: {found.against}" if found.against else "may work again")
+        return [found]
 
     def _no_room(self, error: DiskFullError) -> None:
         """A step could not be written down: stand as after a power cut, until there is room."""
@@ -217,6 +249,7 @@ class Agent:
         self._participant.step(ev.Tick(self._clock()))
         limits = self._link.limits
         self._participant.step(ev.LinkUp(limits.packet_bytes_max, limits.inflight_max))
+        self._participant.step(self._eligible)
 
     def _look_for_room(self) -> None:
         """Take part again once there is: what was retained is sent to us again."""
@@ -397,6 +430,8 @@ class Agent:
                 return self._bench.train(number, settings)
             case ev.Evaluate(version):
                 return self._bench.evaluate(self._participant.round, version)
+            case ev.Keep(version, number):
+                self._keep(version, number)
             case ev.Seal(announcement, digest, go):
                 return self._seal(announcement, digest, go)
             case ev.Discard():
@@ -460,6 +495,13 @@ class Agent:
             log.error("cannot use the announced %s: %s", kind, error)
             return [ev.Failed(self._participant.round, str(error))]
 
+    def _keep(self, version: int, number: int) -> None:
+        """For this device's own programs: a round does not fail for want of it."""
+        try:
+            self._bench.keep("global", version=version, number=number)
+        except LocalError as error:
+            log.warning("model %d is not kept for local use: %s", version, error)
+
     # ── sealing ─────────────────────────────────────────────────────────────────────────
 
     def _seal(self, announcement: Announcement, digest: bytes, go: Go) -> list[ev.Event]:
@@ -507,7 +549,7 @@ class Agent:
             boot=self._boot,
             role=person.role,
             round=person.round,
-            detail=person.detail[:_DETAIL_CHARS_MAX] if person.state is State.IDLE else "",
+            detail=person.detail[:_DETAIL_CHARS_MAX] if person.state in _TELLING else "",
             measured=self._bench.measured,
         )
         now_s = self._clock()

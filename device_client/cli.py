@@ -22,14 +22,17 @@ from broker_bridge.wire.envelope import client_id
 from broker_bridge.wire.messages import Presence
 from broker_bridge.wire.topics import Topics
 from device_client import identity as identities
+from device_client import model as models
 from device_client.agent import Agent
 from device_client.config import EXAMPLE, DeviceConfig
 from device_client.doctor import doctor
+from device_client.eligibility import Rules, Verdict, judge
 from device_client.enrolment import enrol
 from device_client.identity import Identity
 from device_client.inference import infer, predict
 from device_client.journal import Journal
 from device_client.outbox import Outbox
+from device_client.readings import take_readings
 from device_client.sandbox.trainer import Sandbox, SandboxSettings
 from device_client.trainer import Progress
 from device_client.trial import run_trial
@@ -103,7 +106,7 @@ def run(
       midge-device run --dir ./ward-3 --data npz:samples.npz
     """
     path = config or folder / "device.toml"
-    settings = load_config(path, DeviceConfig) if config or path.exists() else DeviceConfig()
+    settings = load_config(path, DeviceConfig) if config else _settings(path)
     host, port = _host_port(broker)
     settings = overridden(
         assigned(settings, assignments),
@@ -174,12 +177,20 @@ def _run(
     agent = Agent(
         identity, connect(identity), journal=journal, load=sandbox.load, role=settings.role,
         boot=boot, draw=random.random, relink=relink, software=f"midge {version('midge')}",
+        judged=_judged(folder, settings.eligibility), keeps_model=settings.keep_model,
     )  # fmt: skip
     try:
         agent.run(Supervisor().watched(stopped, lambda: agent.state.value))
     finally:
         sandbox.close()
         agent.link.close()
+
+
+def _judged(folder: Path, rules: Rules) -> Callable[[int | None], list[Verdict]] | None:
+    """What the owner's rules say of this machine now; None where there are no rules."""
+    if rules == Rules():
+        return None
+    return lambda samples: judge(rules, take_readings(folder, rules, samples=samples))
 
 
 @device.command("status")
@@ -204,12 +215,25 @@ def status(folder: Path, as_json: bool) -> None:
         "state": json.loads(shown.read_text()) if shown.exists() else None,
         "rounds": {"highest": memory.round, "done": memory.done},
         "outbox": waiting and {"round": waiting.round, "bytes": waiting.total_bytes},
+        "model": models.kept(folder, "global"),
     }
+    judged = _judged(folder, _settings(folder / "device.toml").eligibility)
+    verdicts = [] if judged is None else judged(None)
+    facts["eligibility"] = [
+        {"rule": v.rule, "reading": v.reading, "holds": v.holds} for v in verdicts
+    ]
     if as_json:
         click.echo(json.dumps(facts))
         return
+    del facts["eligibility"]
     for name, value in facts.items():
         click.echo(f"{name:12} {value if not isinstance(value, dict) else _brief(value)}")
+    for verdict in verdicts:
+        click.echo(f"{'may work' if verdict.holds else 'NOT NOW':12} {verdict.sentence}")
+
+
+def _settings(path: Path) -> DeviceConfig:
+    return load_config(path, DeviceConfig) if path.exists() else DeviceConfig()
 
 
 @device.command("try")

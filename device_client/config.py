@@ -29,6 +29,7 @@ class DeviceConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     memory_mb: Annotated[int, Meta(ge=0, le=1 << 20)] = 0
     stall_s: Annotated[float, Meta(ge=1, le=86_400)] = 300.0
     log: Literal["debug", "info", "warning", "error"] = "info"
+    keep_model: bool = True
     eligibility: Rules = Rules()
 
 
@@ -71,6 +72,11 @@ EXAMPLE = """\
 
 # debug, info, warning or error
 # log = "info"
+
+# Whether to keep the newest model for this device's own programs: `midge-device infer`,
+# `midge-device predict`, device_client.model.Model. After a round with an update of this
+# device it costs one more fetch of the model, unless the next round begins at once.
+# keep_model = true
 
 # When this device may work. What is not set does not matter; what is set and cannot be read
 # on this machine counts as not fulfilled (`midge-device status` shows each). Training stops

@@ -27,6 +27,7 @@ __all__ = [
     "Answered",
     "Discard",
     "Effect",
+    "Eligible",
     "Evaluate",
     "Evaluated",
     "Event",
@@ -34,6 +35,7 @@ __all__ = [
     "Fetch",
     "Fetched",
     "Fetching",
+    "Keep",
     "LinkDown",
     "LinkUp",
     "Memory",
@@ -178,6 +180,17 @@ class RenewalRefused:
 
 
 @dataclass(frozen=True)
+class Eligible:
+    """What the owner's rules have against working now, for a person; empty: nothing.
+
+    `network`: what of it is about the way to the broker, and holds back an upload, too.
+    """
+
+    against: str = ""
+    network: str = ""
+
+
+@dataclass(frozen=True)
 class Room:
     """The link can take this many more publishes without queueing."""
 
@@ -196,6 +209,7 @@ Event = (
     | Evaluated
     | Failed
     | Sealed
+    | Eligible
     | RenewalAsked
     | Renewed
     | RenewalRefused
@@ -255,6 +269,14 @@ class Evaluate:
 
 
 @dataclass(frozen=True)
+class Keep:
+    """Put the fetched model where this device's own programs find it. Nobody waits for that."""
+
+    model_version: int
+    round: int
+
+
+@dataclass(frozen=True)
 class Seal:
     """Seal what was trained and put it into the outbox, then say Sealed or Failed."""
 
@@ -285,4 +307,6 @@ class Stop:
     reason: str
 
 
-Effect = Remember | Send | SendChunks | Fetch | Train | Evaluate | Seal | Discard | Renew | Stop
+Effect = (
+    Remember | Send | SendChunks | Fetch | Train | Evaluate | Keep | Seal | Discard | Renew | Stop
+)

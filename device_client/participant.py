@@ -37,6 +37,7 @@ from device_client.events import (
     Answered,
     Discard,
     Effect,
+    Eligible,
     Evaluate,
     Evaluated,
     Event,
@@ -44,6 +45,7 @@ from device_client.events import (
     Fetch,
     Fetched,
     Fetching,
+    Keep,
     LinkDown,
     LinkUp,
     Memory,
@@ -68,6 +70,7 @@ __all__ = ["Participant", "State"]
 # How long to wait before asking again, and how often (AWS IoT's streams use the same).
 SILENCE_S = 10.0
 TRIES_MAX = 32
+KEEP_S = 300.0  # how long to wait for a model that is for this device's own programs
 _AGAIN_S = 1.0  # the shortest time between two questions that nobody answered
 
 
@@ -95,8 +98,11 @@ class Participant:
         samples: int,
         role: Literal["train", "evaluate"] = "train",
         fleet_epochs: frozenset[int] = frozenset({0}),
+        kept_version: int | None = None,
         draw: Callable[[], float],
     ) -> None:
+        """`kept_version`: of the model that this device's own programs use, 0 if they have none
+        yet; None: no model is kept for them."""
         self.device = device
         self.memory = memory
         self.samples = samples
@@ -121,6 +127,12 @@ class Participant:
         self._outbox: Init | None = None
         self._to_send: deque[int] = deque()
         self._report: Report | None = None  # the last one, of a device that evaluates
+        self._against = ""  # what the owner's rules have against working now
+        self._against_network = ""
+        self._postponed: Announcement | None = None  # a model to evaluate when they allow it
+        self._kept_version = kept_version
+        self._keeping = False  # whether what is fetched is for this device's own programs
+        self._accepted = -1  # the last round with an update of ours
 
     @property
     def round(self) -> int:
@@ -162,6 +174,8 @@ class Participant:
                 return self._failed(number, reason)
             case Sealed(init):
                 return self._sealed(init)
+            case Eligible(against, network):
+                return self._judged(against, network)
             case RenewalAsked(keys, spread_s):
                 self._renewing.want(self._now_s, keys=keys, spread_s=spread_s)
                 return []
@@ -242,7 +256,11 @@ class Participant:
                 effects += self._leave("the round was closed")
             digest = self.memory.digest if announcement.round == self.memory.round else b""
             effects += self._remember(round=announcement.round, digest=digest, done=True)
-        return effects + (self._evaluate_new(announcement) or self._report_again(announcement))
+        return effects + (
+            self._evaluate_new(announcement)
+            or self._report_again(announcement)
+            or self._keep_new(announcement)
+        )
 
     def _opened(self, announcement: Announcement, digest: bytes) -> list[Effect]:
         """A round is open that we have not begun in this life of the process."""
@@ -283,8 +301,42 @@ class Participant:
         self.state, self.detail = State.IDLE, reason
         self._outbox = self._go = self._announcement = None
         self._digest = b""
+        self._keeping = False
         self._to_send.clear()
         return effects
+
+    # ── the owner's rules ───────────────────────────────────────────────────────────────
+
+    def _judged(self, against: str, network: str) -> list[Effect]:
+        before = self._against, self._against_network
+        self._against, self._against_network = against, network
+        if against:
+            return self._give_way()
+        return self._go_on() if any(before) else []
+
+    def _give_way(self) -> list[Effect]:
+        """Stop at the next step. What is sealed is sent, unless the network is the reason."""
+        if self.state in (State.WAITING, State.JOINING):
+            self.state, self.detail = State.WAITING, self._against
+            return []
+        if self.state not in (State.FETCHING, State.TRAINING, State.EVALUATING):
+            return []
+        if self._keeping or self.role == "evaluate":
+            self._postponed = None if self._keeping else self._announcement
+            return self._leave(self._against)
+        self.state, self.detail, self._go = State.WAITING, self._against, None
+        return [Stop(self._against)]
+
+    def _go_on(self) -> list[Effect]:
+        """Nothing is against it any more. Many devices may hear that at one hour: spread them."""
+        if self.state is State.WAITING and self._announcement is not None:
+            self.detail = ""
+            self._at_s = self._now_s + self._draw() * self._announcement.jitter_s
+        if self.state is State.UPLOADING:
+            self._tries = 0
+            return self._ask_again()
+        postponed, self._postponed = self._postponed, None
+        return [] if postponed is None else self._evaluate_new(postponed)
 
     # ── joining ─────────────────────────────────────────────────────────────────────────
 
@@ -301,6 +353,9 @@ class Participant:
         if self._now_s < self._at_s:
             return []
         if self.state is State.WAITING:
+            if self._against:
+                self.detail = self._against
+                return []
             self.state, self._tries = State.JOINING, 0
             return self._ask_again()
         if self.state in _ASKING and not self._to_send:
@@ -315,6 +370,8 @@ class Participant:
         """Nothing was heard for a while: ask once more, at most TRIES_MAX times."""
         if not self._connected:
             return []  # a broker that is away is no server that is silent: asked at LinkUp
+        if self.state is State.UPLOADING and self._against_network:
+            return []  # asked when the owner's rules allow it
         self._tries += 1
         if self._tries > TRIES_MAX:
             self._tries = 0
@@ -388,11 +445,15 @@ class Participant:
             return self._fetch()
         if kind != "model" or digest != self._announcement.model.digest:
             return []
+        kept = self._keep(self._announcement)
+        if self._keeping:
+            self.state, self._keeping, self._announcement = State.IDLE, False, None
+            return kept
         if self.role == "evaluate":
             self.state = State.EVALUATING
-            return [Evaluate(self._announcement.model_version)]
+            return [*kept, Evaluate(self._announcement.model_version)]
         self.state = State.TRAINING
-        return [Train(self._announcement.round, self._announcement.settings)]
+        return [Train(self._announcement.round, self._announcement.settings), *kept]
 
     def _still_fetching(self) -> list[Effect]:
         if self.state is State.FETCHING:
@@ -460,6 +521,8 @@ class Participant:
     def _send_some(self, publishes: int) -> list[Effect]:
         if self.state is not State.UPLOADING or self._outbox is None or not self._to_send:
             return []
+        if self._against_network:
+            return []
         window = min(publishes, len(self._to_send), self._window(publishes))
         if window < 1:
             return []
@@ -484,6 +547,8 @@ class Participant:
         # Remembered first: a power cut between the two must not find an empty outbox in a
         # round that is still to be done.
         effects = self._remember(done=True)
+        if ack.status == "accepted":
+            self._accepted = ack.round
         return effects + self._leave(f"round {ack.round}: {ack.status} {ack.reason}".rstrip())
 
     def _settled_before(self, ack: Ack) -> bool:
@@ -498,6 +563,26 @@ class Participant:
     def _heard(self) -> None:
         self._at_s, self._tries = self._now_s + SILENCE_S, 0
 
+    # ── a model for this device's own programs ──────────────────────────────────────────
+
+    def _keep_new(self, announcement: Announcement) -> list[Effect]:
+        """The round that has an update of ours made a model: fetch it, though we train no more."""
+        known = self._kept_version
+        ours = announcement.round == self._accepted and self.role == "train"
+        if known is None or announcement.model_version <= known or not ours or self._against:
+            return []
+        if self.state is not State.IDLE:
+            return []
+        self._announcement, self._keeping, self.state = announcement, True, State.FETCHING
+        self._over_s = self._now_s + KEEP_S
+        return self._fetch()
+
+    def _keep(self, announcement: Announcement) -> list[Effect]:
+        if self._kept_version is None or announcement.model_version <= self._kept_version:
+            return []
+        self._kept_version = announcement.model_version
+        return [Keep(announcement.model_version, announcement.round)]
+
     # ── a device that holds its data out ────────────────────────────────────────────────
 
     def _evaluate_new(self, announcement: Announcement) -> list[Effect]:
@@ -506,6 +591,9 @@ class Participant:
         present = self._announcement
         at_it = self.state in (State.FETCHING, State.EVALUATING)
         if at_it and present and present.model_version == announcement.model_version:
+            return []
+        if self._against:
+            self._postponed, self.detail = announcement, self._against
             return []
         effects = self._leave("a newer model was announced")
         self._announcement, self.state = announcement, State.FETCHING

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
 
-from device_client.eligibility import Readings
+from device_client.eligibility import Readings, Rules
 
 __all__ = ["Command", "take_readings"]
 
@@ -28,14 +28,17 @@ _MAINS = ("Mains", "USB", "USB_C", "USB_PD")
 
 def take_readings(
     folder: Path,
+    rules: Rules,
     *,
-    unless_file: str = "",
     samples: int | None = None,
     root: Path = Path("/"),
     command: Command | None = None,
     now: Callable[[], datetime] = datetime.now,
 ) -> Readings:
-    """Read everything once. `folder` is on the disk that matters."""
+    """Read everything once; the commands are run if `rules` need them.
+
+    `folder` is on the disk that matters. `samples`: as many as were counted.
+    """
     ask = command or _ask
     supplies = list(_supplies(root))
     network = _default_route(root)
@@ -45,13 +48,13 @@ def take_readings(
         mains=_mains(supplies),
         battery=_battery(supplies),
         temperature_c=_temperature_c(root),
-        throttled=_throttled(ask),
+        throttled=None if rules.throttled else _throttled(ask),
         load=_load(root),
         memory_bytes=_memory_bytes(root),
         disk_bytes=_disk_bytes(folder),
         network=network,
-        metered=None if network is None else _metered(ask, network),
-        file_is_there=bool(unless_file) and Path(unless_file).exists(),
+        metered=None if network is None or rules.metered else _metered(ask, network),
+        file_is_there=bool(rules.unless_file) and Path(rules.unless_file).exists(),
     )
 
 

@@ -29,6 +29,7 @@ from broker_bridge.wire import weights
 from broker_bridge.wire.envelope import sha256
 from broker_bridge.wire.messages import Measured, Settings
 from device_client import events as ev
+from device_client import model as models
 from device_client.trainer import Progress, Trained
 
 __all__ = ["Apart", "Background", "LocalTrainer", "ThreadBackground", "Workbench"]
@@ -209,6 +210,14 @@ class Workbench:
         if self._plan is not None:
             weights.check(found, self._plan.task.weights)
         self._model = (digest, found)
+
+    def keep(self, kind: models.Kind, *, version: int, number: int) -> None:
+        """Put the model at hand where this device's own programs find it. Raises LocalError."""
+        if self._plan is not None and self._model is not None:
+            models.keep(
+                self._folder, kind, self._plan, self._model[1], version=version, number=number,
+                disk=self._disk,
+            )  # fmt: skip
 
     def _path(self, digest: bytes) -> Path:
         return self._folder / "tasks" / f"{digest.hex()[:16]}.plan"

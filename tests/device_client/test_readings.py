@@ -6,10 +6,13 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
+from device_client.eligibility import Rules
 from device_client.readings import take_readings
 
 NOW = datetime(2026, 11, 22, 3, 30)
+ASKING = Rules(throttled=False, metered=False)  # whatever costs a command
 
 
 @pytest.fixture
@@ -25,10 +28,10 @@ def machine(tmp_path):
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(text)
 
-        def read(self, **options):
+        def read(self, **rules):
             return take_readings(
-                self.folder, root=self.root, now=lambda: NOW,
-                command=lambda words: self.said.get(words[0]), **options,
+                self.folder, replace(ASKING, **rules), root=self.root, now=lambda: NOW,
+                command=lambda words: self.said.get(words[0]),
             )  # fmt: skip
 
     made = Machine()
@@ -134,8 +137,14 @@ def test_damaged_files_are_as_if_they_were_not_there(machine):
     assert (found.load, found.memory_bytes, found.network) == (None, None, None)
 
 
+def test_commands_are_run_only_for_rules_that_need_them(machine):
+    asked = []
+    take_readings(machine.folder, Rules(), root=machine.root, command=asked.append)
+    assert asked == []
+
+
 def test_this_very_machine_has_a_load_and_memory(tmp_path):
-    found = take_readings(tmp_path)
+    found = take_readings(tmp_path, ASKING)
     assert found.load is not None
     assert found.memory_bytes > 0
 
@@ -148,5 +157,5 @@ def test_a_command_that_hangs_or_fails_says_nothing(tmp_path, monkeypatch):
         script.write_text(f"#!/bin/sh\n{body}\n")
         script.chmod(script.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
-    found = take_readings(tmp_path)
+    found = take_readings(tmp_path, ASKING)
     assert (found.throttled, found.metered) == (None, None)
