@@ -23,6 +23,10 @@ export PATH := $(PATH):/usr/sbin:/usr/local/sbin:/opt/homebrew/sbin:/opt/homebre
 # What to hand on to pytest or the demo: make test ARGS='-k chunks'
 ARGS ?=
 
+# Tests that run side by side: most of them wait for processes and networks most of the time.
+# One after another: make test AT_ONCE=0
+AT_ONCE ?= 3
+
 # How long `make fuzz` runs, over all targets; starting them takes a little more.
 MINUTES ?= 16
 
@@ -33,7 +37,7 @@ demo: .venv/.ready mosquitto  ## train on ten people's wearables, on this machin
 	@.venv/bin/midge demo $(ARGS)
 
 test: .venv-dev/.ready mosquitto-or-fail  ## run every test, with a real broker and real TensorFlow
-	@.venv-dev/bin/python -m pytest $(ARGS)
+	@.venv-dev/bin/python -m pytest -n $(AT_ONCE) --dist worksteal $(ARGS)
 
 check: .venv-dev/.ready  ## lint, formatting and types
 	@echo "ruff check";          .venv-dev/bin/ruff check .
