@@ -29,6 +29,7 @@ from device_client.events import (
     Answered,
     Discard,
     Effect,
+    Eligible,
     Evaluate,
     Evaluated,
     Failed,
@@ -745,6 +746,7 @@ any_event = st.one_of(
     st.builds(RenewalAsked, st.booleans(), st.floats(0, 60)),
     st.builds(Renewed, st.sets(st.integers(1, 3), min_size=1).map(frozenset)),
     st.builds(RenewalRefused, st.just("no")),
+    st.sampled_from([Eligible(), Eligible("hot"), Eligible("metered", "metered")]),
 )
 
 
@@ -764,8 +766,8 @@ def what_would_help(made: Participant, now_s: float, last: Announced | None) -> 
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.data(), st.sampled_from(["train", "evaluate"]))
-def test_any_event_in_any_state_gives_legal_effects_or_a_peer_error(data, role) -> None:
+@given(st.data(), st.sampled_from(["train", "evaluate"]), st.sampled_from([None, 0]))
+def test_any_event_in_any_state_gives_legal_effects_or_a_peer_error(data, role, kept) -> None:
     draws = data.draw(st.randoms(use_true_random=False))
     made = Participant(
         "ward-3",
@@ -773,6 +775,7 @@ def test_any_event_in_any_state_gives_legal_effects_or_a_peer_error(data, role) 
         samples=5,
         role=role,
         fleet_epochs=frozenset({1}),
+        kept_version=kept,
         draw=draws.random,
     )
     asked_for: dict[bytes, set[int]] = {}
