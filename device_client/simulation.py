@@ -171,6 +171,7 @@ class FastTrainer:
         *,
         seed: int,
         on_step: Callable[[Progress], bool],
+        optimiser_state: Mapping[str, Array] | None = None,  # noqa: ARG002 - noise has none
     ) -> Trained | None:
         """The weights and some noise."""
         start = seed % _NOISE_VALUES

@@ -53,8 +53,12 @@ class LocalTrainer(Protocol):
         *,
         seed: int,
         on_step: Callable[[Progress], bool],
+        optimiser_state: Mapping[str, Array] | None = None,
     ) -> Trained | None:
-        """Train from `weights`; None when `on_step` answered False."""
+        """Train from `weights`; None when `on_step` answered False.
+
+        `optimiser_state`: that of the training before, for a task that keeps it.
+        """
 
     def evaluate(self, weights: Mapping[str, Array]) -> Evaluation:
         """Measure `weights` on the samples."""
@@ -164,6 +168,7 @@ class Workbench:
         self._trainer: LocalTrainer | None = None
         self._model: tuple[bytes, dict[str, Array]] | None = None
         self._trained: Trained | None = None
+        self._kept: dict[str, Array] = {}  # optimiser state, of a task that keeps it
 
     @property
     def samples(self) -> int:
@@ -188,6 +193,7 @@ class Workbench:
             return
         trainer = self._load(plan)
         self._trainer, self._plan, self._model = trainer, plan, None
+        self._kept = {}
         path = self._path(plan.digest)
         if self.stored_task(plan.digest) is None:
             make_folder(path.parent, disk=self._disk)
@@ -238,10 +244,13 @@ class Workbench:
 
         def work() -> list[ev.Event]:
             trained = trainer.train(
-                model[1], training, seed=self._seed(number), on_step=self._step_done
-            )
+                model[1], training, seed=self._seed(number), on_step=self._step_done,
+                optimiser_state=self._kept,
+            )  # fmt: skip
             if trained is None:
                 return []
+            if plan.task.keep_optimiser_state:
+                self._kept = trained.optimiser_state
             self._trained = trained
             self.measured = _measured(plan, trained)
             log.info(

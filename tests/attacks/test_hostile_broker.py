@@ -44,7 +44,7 @@ class SteadyTrainer:
     def __len__(self):
         return EXAMPLES[self.device]
 
-    def train(self, weights, settings, *, seed, on_step):
+    def train(self, weights, settings, *, seed, on_step, optimiser_state=None):
         return Trained(
             weights=moved(weights, seed), examples=len(self), steps=1, loss=0.5, metrics={},
             seconds=1.0,

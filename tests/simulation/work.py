@@ -74,6 +74,7 @@ class SimulatedTrainer:
         *,
         seed: int,
         on_step: Callable[[Progress], bool],
+        optimiser_state: Mapping[str, NDArray[Any]] | None = None,
     ) -> Trained | None:
         number = len(self._trainings.done)
         draw = np.random.Generator(np.random.PCG64([seed, number]))
