@@ -25,6 +25,7 @@ from server.tasks.files import read_task, write_task
 
 __all__ = ["task"]
 
+_SOURCES = "npz:FILE, csv:FOLDER, store:FILE, module:function or FILE.py:function"
 _FILE = click.Path(path_type=Path, dir_okay=False)
 
 
@@ -32,10 +33,13 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
 def task() -> None:
     """Turn a Keras model into a task that devices can train.
 
+    A model file is Python: a function `model()` that returns a Keras model.
+
     \b
     Example:
       midge task build my_model.py -o my.task
       midge task inspect my.task
+      midge task verify my_model.py my.task --data npz:samples.npz
       midge task try my.task --data npz:samples.npz --epochs 5
     """
 
@@ -43,13 +47,13 @@ def task() -> None:
 @task.command()
 @click.argument("model", type=_FILE)
 @click.option("-o", "--output", type=_FILE, help="Default: the model's name with .task.")
-@click.option("--function", default="model", show_default=True, help="What returns the model.")
-@click.option("--name", help="The task's name.")
-@click.option("--batch-size", type=click.IntRange(min=1), help="Rows of one training step.")
-@click.option("--epochs", type=click.IntRange(min=1), help="Local epochs of a round.")
+@click.option("--function", default="model", show_default=True, help="The function in MODEL that returns it.")
+@click.option("--name", help="The task's name; default: the file's.")
+@click.option("--batch-size", type=click.IntRange(min=1), help="Samples in one training step; default 16.")
+@click.option("--epochs", type=click.IntRange(min=1), help="Passes over the local data in a round; default 1.")
 @click.option("--learning-rate", type=float, help="Default: the optimiser's.")
-@click.option("--proximal-mu", type=float, help="FedProx term; 0 is off.")
-@click.option("--clip-norm", type=float, help="Bound on the gradient's norm; 0 is off.")
+@click.option("--proximal-mu", type=float, help="Weight of the FedProx term; default 0: off.")
+@click.option("--clip-norm", type=float, help="Bound on the gradient's norm; 0: off. Default: the optimiser's.")
 @click.option("--loss", help="A Keras loss by name, if the model is not compiled.")
 @click.option("--optimiser", help="A Keras optimiser by name, if the model is not compiled.")
 @click.option("--metric", "metrics", multiple=True, help="A Keras metric by name; repeatable.")
@@ -59,6 +63,8 @@ def task() -> None:
               help="Keep it on the device from round to round.")  # fmt: skip
 def build(model: Path, output: Path | None, function: str, **given: Any) -> None:
     """Build the task of the Keras model that MODEL's function returns, and check it.
+
+    What is not said here is taken from the file's `options`, then from the compiled model.
 
     \b
     Example:
@@ -124,14 +130,19 @@ def inspect(
 @task.command()
 @click.argument("model", type=_FILE)
 @click.argument("file", type=_FILE)
-@click.option("--data", help="Your samples, as for `midge-device run`. Default: random ones.")
-@click.option("--steps", default=5, show_default=True, type=click.IntRange(1, 100))
-@click.option("--function", default="model", show_default=True, help="What returns the model.")
+@click.option("--data", help=f"Your samples: {_SOURCES}. Default: random ones.")
+@click.option("--steps", default=5, show_default=True, type=click.IntRange(1, 100),
+              help="Training steps to compare.")  # fmt: skip
+@click.option("--function", default="model", show_default=True,
+              help="The function in MODEL that returns the model.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 def verify(
     model: Path, file: Path, data: str | None, steps: int, function: str, as_json: bool
 ) -> None:
     """Train MODEL in Keras and FILE in the device runtimes, and print every difference.
+
+    MODEL is the Python file that the task in FILE was built from. Differences are relative to
+    what training changed; above 1e-4 the task is refused.
 
     \b
     Example:
@@ -151,9 +162,9 @@ def verify(
 
 @task.command(name="try")
 @click.argument("file", type=_FILE)
-@click.option("--data", required=True, help="The samples, as for `midge-device run`.")
-@click.option("--test", help="Samples to measure the result on.")
-@click.option("--epochs", type=click.IntRange(min=1), help="Default: as in the task.")
+@click.option("--data", required=True, help=f"Your samples: {_SOURCES}.")
+@click.option("--test", help="Samples to measure the result on, if you have some.")
+@click.option("--epochs", type=click.IntRange(min=1), help="Passes over the data; default: as in the task.")
 @click.option("--learning-rate", type=float, help="Default: as in the task.")
 @click.option("--seed", default=1, show_default=True, help="Order of samples and noise.")
 @click.option("--picture", type=_FILE, help="Write the learning curve to this .svg file.")
