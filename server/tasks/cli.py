@@ -47,20 +47,30 @@ def task() -> None:
 @task.command()
 @click.argument("model", type=_FILE)
 @click.option("-o", "--output", type=_FILE, help="Default: the model's name with .task.")
-@click.option("--function", default="model", show_default=True, help="The function in MODEL that returns it.")
+@click.option(
+    "--function", default="model", show_default=True, help="The function in MODEL that returns it."
+)
 @click.option("--name", help="The task's name; default: the file's.")
-@click.option("--batch-size", type=click.IntRange(min=1), help="Samples in one training step; default 16.")
-@click.option("--epochs", type=click.IntRange(min=1), help="Passes over the local data in a round; default 1.")
+@click.option(
+    "--batch-size", type=click.IntRange(min=1), help="Samples in one training step; default 16."
+)
+@click.option(
+    "--epochs", type=click.IntRange(min=1), help="Passes over the local data in a round; default 1."
+)
 @click.option("--learning-rate", type=float, help="Default: the optimiser's.")
 @click.option("--proximal-mu", type=float, help="Weight of the FedProx term; default 0: off.")
-@click.option("--clip-norm", type=float, help="Bound on the gradient's norm; 0: off. Default: the optimiser's.")
+@click.option(
+    "--clip-norm",
+    type=float,
+    help="Bound on the gradient's norm; 0: off. Default: the optimiser's.",
+)
 @click.option("--loss", help="A Keras loss by name, if the model is not compiled.")
 @click.option("--optimiser", help="A Keras optimiser by name, if the model is not compiled.")
 @click.option("--metric", "metrics", multiple=True, help="A Keras metric by name; repeatable.")
 @click.option("--label-name", "label_names", multiple=True, help="One for each class, in order.")
 @click.option("--licence", help="A line on where model and data come from.")
 @click.option("--keep-optimiser-state", is_flag=True, default=None,
-              help="Keep it on the device from round to round.")  # fmt: skip
+              help="The device goes on with its optimiser's state in the next round.")  # fmt: skip
 def build(model: Path, output: Path | None, function: str, **given: Any) -> None:
     """Build the task of the Keras model that MODEL's function returns, and check it.
 
@@ -164,7 +174,9 @@ def verify(
 @click.argument("file", type=_FILE)
 @click.option("--data", required=True, help=f"Your samples: {_SOURCES}.")
 @click.option("--test", help="Samples to measure the result on, if you have some.")
-@click.option("--epochs", type=click.IntRange(min=1), help="Passes over the data; default: as in the task.")
+@click.option(
+    "--epochs", type=click.IntRange(min=1), help="Passes over the data; default: as in the task."
+)
 @click.option("--learning-rate", type=float, help="Default: as in the task.")
 @click.option("--seed", default=1, show_default=True, help="Order of samples and noise.")
 @click.option("--picture", type=_FILE, help="Write the learning curve to this .svg file.")

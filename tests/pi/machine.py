@@ -8,9 +8,11 @@ the other Debian's C library. What is not shown: the speed of a Pi, its memory, 
 import os
 import shutil
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from server.tasks.checks import installed_runtimes
 from tests.pi.debian import CannotFetchError, fetch_root, run
 from tests.pi.wheels import ROOT, fetch_site
 
@@ -21,6 +23,7 @@ __all__ = [
     "TRIXIE_HERE",
     "Kind",
     "Machine",
+    "here",
     "local_python",
     "prepare",
 ]
@@ -87,6 +90,12 @@ def prepare(kind: Kind, *, packages: tuple[str, ...] = ()) -> Machine:
         python = (*COMPILING, path, home, loader, "--library-path", libraries, program, "-S")
     name = f"Debian {kind.suite}, {machine}, Python {kind.python}, {kind.runtime}"
     return Machine(name, kind.runtime, python, root)
+
+
+def here() -> Machine:
+    """The Python that runs the tests, with the runtime it would take on a device."""
+    runtime = installed_runtimes()[0]
+    return Machine(f"here, {runtime}", runtime, (sys.executable,))
 
 
 def local_python() -> Machine | None:

@@ -12,14 +12,13 @@ kernel shows at 1e-2 and above. 3e-5 lies between.
 
 import os
 import platform
-import sys
 from functools import cache
 
 import numpy as np
 import pytest
 
 from broker_bridge.task.taskfile import decode_task
-from server.tasks.checks import Result, installed_runtimes
+from server.tasks.checks import Result
 from tests.pi.comparing import Job, differences, job, train
 from tests.pi.debian import CannotFetchError
 from tests.pi.machine import (
@@ -29,6 +28,7 @@ from tests.pi.machine import (
     TRIXIE_HERE,
     Kind,
     Machine,
+    here,
     local_python,
     prepare,
 )  # fmt: skip
@@ -44,11 +44,9 @@ def jobs() -> dict[str, Job]:
 
 
 @pytest.fixture(scope="session")
-def here(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
+def trained_here(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
     """What the runtime of this Python makes of every ready task."""
-    runtime = installed_runtimes()[0]
-    machine = Machine(f"here, {runtime}", runtime, (sys.executable,))
-    return train(machine, jobs(), tmp_path_factory.mktemp("here"))
+    return train(here(), jobs(), tmp_path_factory.mktemp("here"))
 
 
 @pytest.fixture(scope="session")
@@ -87,10 +85,10 @@ def assert_alike(name: str, one: Result, other: Result) -> None:
 
 @pytest.mark.parametrize("name", READY)
 def test_a_ready_task_trains_alike_on_a_newer_python(
-    name: str, here: dict[str, Result], trained_by_newer: dict[str, Result]
+    name: str, trained_here: dict[str, Result], trained_by_newer: dict[str, Result]
 ) -> None:
     assert trained_by_newer[name].runtime.startswith("ai-edge-litert ")
-    assert_alike(name, here[name], trained_by_newer[name])
+    assert_alike(name, trained_here[name], trained_by_newer[name])
 
 
 def test_the_newer_python_has_no_other_runtime(newer: Machine) -> None:
@@ -100,21 +98,21 @@ def test_the_newer_python_has_no_other_runtime(newer: Machine) -> None:
 
 
 @pytest.mark.parametrize("name", READY)
-def test_a_difference_is_found(name: str, here: dict[str, Result]) -> None:
-    altered = {key: array.copy() for key, array in here[name].arrays.items()}
+def test_a_difference_is_found(name: str, trained_here: dict[str, Result]) -> None:
+    altered = {key: array.copy() for key, array in trained_here[name].arrays.items()}
     start = jobs()[name].start[jobs()[name].plan.task.weights[0].name]
     altered["w0"] += np.float32(1e-3) * np.abs(altered["w0"] - start).max()
     result = Result(altered, "altered", 0.0, (), 0.0)
     with pytest.raises(AssertionError, match="differs by"):
-        assert_alike(name, here[name], result)
+        assert_alike(name, trained_here[name], result)
 
 
 @pytest.mark.pi
 @pytest.mark.parametrize("name", READY)
 def test_a_ready_task_trains_alike_on_a_pi(
-    name: str, here: dict[str, Result], trained_by_pi: dict[str, Result]
+    name: str, trained_here: dict[str, Result], trained_by_pi: dict[str, Result]
 ) -> None:
-    assert_alike(name, here[name], trained_by_pi[name])
+    assert_alike(name, trained_here[name], trained_by_pi[name])
 
 
 @pytest.mark.pi
