@@ -1,5 +1,6 @@
 """What a process holds, as Linux counts it."""
 
+import contextlib
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -38,9 +39,17 @@ def rss_peak_bytes(pid: int) -> int:
 
 
 def tree(pid: int) -> list[int]:
-    """A process and everything below it."""
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [pid, *(each for child in children for each in tree(int(child)))]
+    """A process and everything below it, whichever of its threads started that."""
+    found = Path(f"/proc/{pid}/task").glob("*/children")
+    children = [int(child) for each in found for child in _text(each).split()]
+    return [pid, *(each for child in children for each in tree(child))]
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""  # the thread has just ended
 
 
 def processor_seconds(pids: Iterable[int]) -> float:
@@ -50,10 +59,15 @@ def processor_seconds(pids: Iterable[int]) -> float:
 
 
 class Peak:
-    """Watches one process for its largest PSS, every 10 ms. Use as a context manager."""
+    """Watches a process and those below it for their largest PSS, every 10 ms. A context manager.
+
+    `pss_bytes`: the most that all held at one moment; `child_rss_bytes`: the most that any
+    below it ever had resident, by the kernel's own account.
+    """
 
     def __init__(self, pid: int) -> None:
         self.pss_bytes = 0
+        self.child_rss_bytes = 0
         self._pid = pid
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
@@ -68,4 +82,10 @@ class Peak:
 
     def _watch(self) -> None:
         while not self._stop.wait(0.01):
-            self.pss_bytes = max(self.pss_bytes, held(self._pid).pss)
+            together = 0
+            for pid in tree(self._pid):
+                with contextlib.suppress(OSError):  # it has just ended
+                    together += held(pid).pss
+                    if pid != self._pid:
+                        self.child_rss_bytes = max(self.child_rss_bytes, rss_peak_bytes(pid))
+            self.pss_bytes = max(self.pss_bytes, together)
