@@ -94,6 +94,7 @@ class _Worker:
         self._load = load
         self._samples = samples
         self._trainer: Trainer | None = None
+        self._keeps_state = False
         self._losses: list[float] = []
         self._said_s = 0.0
         self._unread = False  # whether the agent has yet to read our last `Steps`
@@ -122,11 +123,11 @@ class _Worker:
     def _do(self, message: Any, blob: memoryview) -> None:
         match message:
             case talk.Build() if self._samples is not None:
+                plan = decode_plan(bytes(blob))
                 runtime = TaskRuntime(
-                    decode_plan(bytes(blob)),
-                    num_threads=self._load.threads,
-                    prefer=self._load.prefer,
+                    plan, num_threads=self._load.threads, prefer=self._load.prefer
                 )
+                self._keeps_state = plan.task.keep_optimiser_state
                 self._trainer = Trainer(runtime, self._samples)
                 self._line.say(talk.Built(runtime=runtime.runtime_name))
             case talk.Train() if self._trainer is not None:
@@ -192,7 +193,7 @@ class _Worker:
         return isinstance(message, talk.Stop)
 
     def _say_done(self, trained: Trained) -> None:
-        kept = weights.encode(_plain(trained.optimiser_state)) if trained.optimiser_state else b""
+        kept = weights.encode(_plain(trained.optimiser_state)) if self._keeps_state else b""
         done = talk.Done(
             loss=trained.loss, metrics=trained.metrics, seconds=trained.seconds,
             peak_bytes=confinement.peak_bytes(), optimiser_bytes=len(kept),

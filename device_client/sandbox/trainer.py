@@ -207,7 +207,8 @@ class SandboxedTrainer:
         """Do what `Trainer.train` does, with the same bits. Raises LocalError, PeerError.
 
         `on_step` hears of each step within 0.1 s or one step, whichever is longer; while it
-        takes its time, the process goes no further than that.
+        takes its time, the process goes no further than that. The optimiser's state comes back
+        only if the task keeps it.
         """
         wire.check(weights, self.plan.task.weights)
         kept = b""
@@ -292,7 +293,8 @@ class _Course:
         self._step = 0
         self._stopped = False
         # Exactly what `weights.encode` makes of these tensors: no more is taken in.
-        specs = (self._task.weights, tuple(s.tensor for s in self._task.optimiser_state))
+        slots = self._task.optimiser_state if self._task.keep_optimiser_state else ()
+        specs = (self._task.weights, tuple(slot.tensor for slot in slots))
         self._blob_bytes_max = sum(
             64 + len(msgspec.msgpack.encode(each)) + sum(spec.nbytes for spec in each)
             for each in specs

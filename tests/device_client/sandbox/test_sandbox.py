@@ -454,3 +454,57 @@ def test_what_training_never_does_ends_the_process_at_once(boxes, tmp_path, act)
     with pytest.raises(LocalError, match=r"ended by the sandbox \(SIGSYS\)"):
         box.load(PLAN).train(WEIGHTS, LONG, seed=1)
     assert (tmp_path / "report").read_bytes().strip(b"\0") == b""
+
+
+# ── Where the kernel lacks something ────────────────────────────────────────────────────
+
+OLD_KERNEL = """
+import ctypes, os, struct, sys
+from device_client.sandbox import confinement, seccomp
+# A filter of our own, which refuses what an older kernel or a container refuses: filters.
+number = struct.pack("=HBBI", 0x20, 0, 0, 0)
+asked = struct.pack("=HBBI", 0x15, 0, 1, confinement._SECCOMP_CALL[os.uname().machine])
+code = number + asked + b"".join(
+    struct.pack("=HBBI", 0x06, 0, 0, answer) for answer in (0x50000 | 38, seccomp.ALLOW)
+)
+confinement._prctl(38, 1)
+given = confinement._Filter(len(code) // 8, code)
+done = ctypes.CDLL(None).prctl(22, 2, ctypes.byref(given), 0, 0)
+assert done == 0
+from device_client.cli import main
+sys.argv[0] = "midge-device"
+main()
+"""
+
+
+def test_where_the_kernel_takes_no_filter_training_works_and_the_lack_is_said(tmp_path):
+    command = [sys.executable, "-c", OLD_KERNEL]
+    trial = ["try", str(TASK), "--data", f"{SOURCES}:samples", "--epochs", "1", "--json"]
+    done = subprocess.run([*command, *trial], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["samples"] == 48
+    looked = subprocess.run(
+        [*command, "doctor", "--dir", str(tmp_path), "--json"],
+        capture_output=True, text=True, cwd=ROOT,
+    )  # fmt: skip
+    checks = {each["check"]: each for each in json.loads(looked.stdout)["checks"]}
+    assert checks["sandbox"]["level"] == "warning"
+    assert "the kernel takes no seccomp filter" in checks["sandbox"]["found"]
+
+
+def test_where_the_kernel_takes_a_filter_doctor_says_that_it_holds(tmp_path):
+    looked = subprocess.run(
+        [sys.executable, "-m", "device_client.cli", "doctor", "--dir", str(tmp_path), "--json"],
+        capture_output=True, text=True, cwd=ROOT,
+    )  # fmt: skip
+    checks = {each["check"]: each for each in json.loads(looked.stdout)["checks"]}
+    assert checks["sandbox"]["level"] == "ok"
+    assert "locked in by seccomp" in checks["sandbox"]["found"]
+
+
+def test_the_lack_is_logged_once(boxes, caplog):
+    box = boxes(**stranger("the truth"))
+    caplog.set_level("INFO", logger="midge.device")
+    for _ in range(2):
+        box.load(PLAN)
+    assert len([each for each in caplog.records if "process of its own" in each.message]) == 1
