@@ -30,8 +30,8 @@ by its `.task` file in the device's runtime; the last batch is short. A figure i
 difference of any weight or loss, relative to the tensor's largest value (at least 1). Float32
 itself is good to 1e-7.
 
-On aarch64 the same models, run by the Pythons and runtimes of both Raspberry Pi OS (`make pi-test`, emulated),
-end where they end here, to 1e-5 of a tensor's largest value.
+On aarch64 (`make pi-test`: the Pythons and runtimes of both Raspberry Pi OS, emulated) the same
+models end where they end here, to 1e-5 of a tensor's largest value.
 
 Batch statistics (BatchNormalization) travel with the weights and are averaged like them, by
 examples. Random layers are fed fresh numbers at every step, from a seed that the round gives.
