@@ -4,7 +4,7 @@ import json
 import re
 import socket
 
-from tests.conformance.brokers import Nats, wait_for_session
+from tests.conformance.brokers import PACKET_BYTES_MAX, Nats, wait_for_session
 from tests.conformance.brokers_doc import nats_conf, printed_table
 from tests.conformance.capabilities import table
 from tests.fleets import TOPICS
@@ -15,10 +15,14 @@ def test_the_table_in_the_doc_is_the_one_that_the_tests_hold():
 
 
 def test_a_fleet_enrols_and_trains_over_nats_with_the_configuration_in_the_doc(fleets):
-    fleet = fleets()
-    broker = Nats(
-        fleet.folder, lambda _: nats_conf(fleet.home, fleet.folder, fleet.port, ("ann", "ben"))
-    )
+    """Its packets are made small, of which NATS says nothing; the server is told, and no device."""
+    fleet = fleets(settings='log = "info"')
+    with (fleet.home.folder / "midge.toml").open("a") as file:
+        file.write(f"packet_bytes_max = {PACKET_BYTES_MAX}\n")  # in [broker], which comes last
+    text = nats_conf(fleet.home, fleet.folder, fleet.port, ("ann", "ben"))
+    assert "max_payload: 256KB" in text
+    text = text.replace("256KB", str(PACKET_BYTES_MAX))
+    broker = Nats(fleet.folder, lambda _: text)
     broker.port = fleet.port
     fleet.broker = broker
     broker.start()
@@ -34,6 +38,7 @@ def test_a_fleet_enrols_and_trains_over_nats_with_the_configuration_in_the_doc(f
     listener.wait_for_json(TOPICS.metrics, round=1, state="closed", accepted=2)
     status = json.loads(fleet.midge("status", "--json").stdout)
     assert status["rejected"] == {}
+    assert "Maximum Payload" not in (fleet.folder / "nats.log").read_text(), "and nobody hung up"
     for user in ("CN=midge-server", "CN=ann"):
         assert b"Authorization Violation" in by_natss_own_protocol(fleet.folder, user)
 
