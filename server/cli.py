@@ -15,6 +15,7 @@ from server.commands.demo import demo
 from server.commands.devices import device
 from server.commands.flash import flash
 from server.commands.fleet import init
+from server.commands.keys import keys
 from server.commands.models import model
 from server.commands.rounds import pause, resume, start, status, stop, watch
 from server.commands.serving import server_command
@@ -26,7 +27,7 @@ from server.tasks.cli import task
 __all__ = ["main", "midge"]
 
 _COMMANDS = (
-    init, broker, server_command, device,
+    init, broker, server_command, device, keys,
     flash, bundle, start, stop, pause, resume, status, watch,
     model, task, demo, simulate, doctor, unit, backup, restore,
 )  # fmt: skip

@@ -28,7 +28,7 @@ from server.tasks.files import read_task
 __all__ = ["doctor", "examine"]
 
 _ETC = Path("/etc/mosquitto/mosquitto.conf")
-_RENEW = "have the fleet's CA (folder ca/) certify it again, and restart who uses it"
+_RENEW = "run `midge keys renew-certificates`, then restart the broker and the server"
 _ENROL_AGAIN = "its CA is the root of every certificate: make a new fleet with `midge init`"
 
 

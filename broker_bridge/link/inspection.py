@@ -22,9 +22,9 @@ from broker_bridge.link.paho_link import PahoLink
 from broker_bridge.link.tls import TlsFiles
 from broker_bridge.wire.envelope import random_bytes
 
-__all__ = ["Broker", "certificate", "certificate_dates"]
+__all__ = ["DAYS_WARNING", "Broker", "certificate", "certificate_dates"]
 
-_DAYS_WARNING = 30  # a certificate that ends sooner
+DAYS_WARNING = 30  # a certificate that ends sooner
 _ANSWER_S = 5.0
 
 
@@ -46,7 +46,7 @@ def certificate(name: str, path: Path, now: datetime, *, renew: str) -> Iterator
         )
     elif now >= ends:
         yield Finding(name, "problem", f"expired on {ends:%Y-%m-%d}", renew)
-    elif (left := (ends - now).days) < _DAYS_WARNING:
+    elif (left := (ends - now).days) < DAYS_WARNING:
         yield Finding(name, "warning", f"expires on {ends:%Y-%m-%d}, in {left} days", renew)
     else:
         yield Finding(name, "ok", f"valid until {ends:%Y-%m-%d}")

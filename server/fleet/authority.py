@@ -211,6 +211,35 @@ class Authority:
             ) from error
         return self._client(name, public, now=now, days=days, backdate=backdate)
 
+    def renew(
+        self,
+        certificate: bytes,
+        *,
+        now: datetime,
+        days: int = CLIENT_DAYS,
+        backdate: timedelta = BACKDATE,
+    ) -> bytes:
+        """Certify the same key for the same name and use again, from now on.
+
+        One file changes and no key does, so there is no moment at which the two do not fit.
+        Raises LocalError for a certificate that this CA did not issue.
+        """
+        if not self.issued(certificate):
+            raise LocalError("the certificate is not from this fleet's CA; restore both")
+        old = x509.load_pem_x509_certificate(certificate)
+        facts = read_certificate(certificate)
+        public = old.public_key()
+        usage = _extension(old, x509.ExtendedKeyUsage)
+        if usage is None or not isinstance(public, ec.EllipticCurvePublicKey | Ed25519PublicKey):
+            raise LocalError("the certificate is not one that midge issued")
+        builder = self._leaf(
+            facts.name, public, next(iter(usage)), now=now, days=days, backdate=backdate
+        )
+        names = _extension(old, x509.SubjectAlternativeName)
+        if names is not None:
+            builder = builder.add_extension(names, critical=False)
+        return _pem(builder.sign(self._key, hashes.SHA256()))
+
     def revocation_list(self, serials: Sequence[int], *, number: int) -> bytes:
         """Return the list (PEM) of certificates to turn away, for mosquitto's `crlfile`.
 

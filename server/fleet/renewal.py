@@ -23,7 +23,7 @@ __all__ = ["Renewals"]
 
 log = logging.getLogger("midge.server")
 
-_ASK_AGAIN_S = 600.0  # a device that was asked and did not renew
+_ASK_AGAIN_S = 5.0  # a device that shows itself again and again is asked no more often
 _ASKED_MAX = 20_000
 
 

@@ -1,0 +1,74 @@
+"""Renewing what the fleet itself has: the server's keys, and the certificates of the machines.
+
+Each step is one file, written whole or not at all, so a command that was interrupted is given
+again. A server that is running looks at its keys every second and goes on with the new ones.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from broker_bridge.disk import REAL_DISK, Disk, disk_errors
+from broker_bridge.wire.envelope import fingerprint, random_bytes
+from server.fleet.authority import CertificateFacts, read_certificate, write_public
+from server.fleet.home import Home
+from server.fleet.keys import ServerKeys, read_root
+
+__all__ = ["HeldKey", "certificates", "keys_of", "renew_certificates", "rotate_identity"]
+
+
+@dataclass(frozen=True)
+class HeldKey:
+    """A key of the server, as a person may see it. Times are seconds since 1970; 0: not known."""
+
+    name: str
+    fingerprint: str
+    number: int
+    since: float
+
+
+def keys_of(keys: ServerKeys) -> list[HeldKey]:
+    """What there is, without a secret."""
+    said = keys.said
+    return [
+        HeldKey("root", fingerprint(keys.root_public), 1, 0.0),
+        HeldKey("server signs", fingerprint(said.sign_public), said.sequence, said.issued_at),
+        HeldKey("server opens", fingerprint(said.kem_public), said.sequence, said.issued_at),
+        # Of a secret nothing is shown, not even a digest.
+        HeldKey("fleet key", "", keys.fleet_epoch, keys.fleet_since),
+    ]
+
+
+def certificates(home: Home) -> Iterator[tuple[str, Path, CertificateFacts]]:
+    """The certificates of the machines: whose, where, and what they say. Raises LocalError."""
+    for name, path in (
+        ("ca", home.folder / "ca" / "ca.pem"),
+        ("broker", home.broker / "broker.pem"),
+        ("server", home.folder / "server" / "client.pem"),
+        ("operator", home.folder / "operator" / "client.pem"),
+    ):
+        with disk_errors(path):
+            pem = path.read_bytes()
+        yield name, path, read_certificate(pem)
+
+
+def rotate_identity(home: Home, root_file: Path, *, disk: Disk = REAL_DISK) -> ServerKeys:
+    """Give the server new keys under the root. Raises LocalError, and nothing changed."""
+    root, now = read_root(root_file), datetime.now(UTC).timestamp()
+    return home.change_keys(
+        lambda keys: keys.with_next_identity(root, random_bytes, now=now), disk=disk
+    )
+
+
+def renew_certificates(home: Home, *, now: datetime) -> list[tuple[str, CertificateFacts]]:
+    """Certify broker, server and operator again, each for the key that it has."""
+    authority = home.authority()
+    renewed: list[tuple[str, CertificateFacts]] = []
+    for name, path, _ in certificates(home):
+        if name == "ca":
+            continue
+        pem = authority.renew(path.read_bytes(), now=now)
+        write_public(path, pem)
+        renewed.append((name, read_certificate(pem)))
+    return renewed
