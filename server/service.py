@@ -277,6 +277,7 @@ class Service:
         self._fleet_changes = changes
         self._revoked_keys = self._registrar.home.roster().revoked_keys
         self._known.clear()
+        self._sweep_at_s = self._clock()  # somebody may be wanted to renew
         self._accept()  # what is complete is in the sum before anything is taken out of it
         before, self._shut_out = self._shut_out, gone
         for name, status in gone.items():
@@ -298,7 +299,11 @@ class Service:
         now_s = self._clock()
         if now_s >= self._keys_at_s:
             self._keys_at_s = now_s + _KEYS_S
-            keys = self._registrar.home.keys()
+            try:
+                keys = self._registrar.home.keys()
+            except LocalError as error:
+                log.error("%s (going on with the keys of before)", error)
+                return
             if keys != self._ledger.keys:
                 self._take_keys(keys)
         if now_s >= self._sweep_at_s:
