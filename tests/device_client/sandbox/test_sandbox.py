@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from broker_bridge.errors import LocalError, PeerError
 from broker_bridge.task.runtime import TaskRuntime
 from broker_bridge.task.taskfile import Plan, Training, decode_task
 from device_client.data import load_samples
+from device_client.sandbox.process import COMMAND
 from device_client.sandbox.trainer import Sandbox, SandboxSettings
 from device_client.trainer import Trainer
 from tests.fleets import ROOT, TASK, wait_until
@@ -287,6 +289,7 @@ def test_a_process_ends_with_the_agent_however_that_ends():
 import sys, time
 from pathlib import Path
 from broker_bridge.task.taskfile import decode_task
+from device_client.sandbox.process import COMMAND
 from device_client.sandbox.trainer import Sandbox, SandboxSettings
 plan, weights = decode_task(Path({str(TASK)!r}).read_bytes())
 print(Sandbox(SandboxSettings({f"{SOURCES}:samples"!r})).load(plan).pid, flush=True)
@@ -400,6 +403,15 @@ def test_the_kernel_holds_it(boxes):
     assert targets == ["/dev/null"] * 3 + [f"/proc/{trainer.pid}/status", "socket"]
     adjusted = Path(f"/proc/{trainer.pid}/oom_score_adj").read_text()
     assert int(adjusted) == 1000
+
+
+def test_it_has_neither_keys_nor_network_code(boxes, capfd):
+    command = (sys.executable, "-X", "importtime", *COMMAND[1:])
+    boxes(command=command).load(PLAN)
+    told = re.findall(r"^import time:.*\|(.*)$", capfd.readouterr().err, re.M)
+    imported = {name.strip().split(".")[0] for name in told}
+    assert {"device_client", "numpy"} <= imported
+    assert not imported & {"paho", "nacl", "ssl", "cryptography", "urllib3", "http"}
 
 
 def test_the_data_source_sees_the_environment_and_the_model_does_not(boxes, monkeypatch):
