@@ -5,16 +5,17 @@ that nothing of this machine's apt is touched; `dpkg-deb` takes them apart, and 
 scripts is run. Needs no root. The mirror is the one that this machine's apt uses.
 """
 
+import contextlib
+import fcntl
 import hashlib
 import os
 import re
-import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-__all__ = ["CannotFetchError", "cached", "fetch_root", "keep", "run"]
+__all__ = ["CannotFetchError", "fetch_root", "made_once", "run"]
 
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 LINKS = ("bin", "sbin", "lib", "lib64")  # what Debian has merged into /usr
@@ -38,12 +39,25 @@ def run(*command: str, **environment: str) -> str:
     return done.stdout
 
 
-def cached(kind: str, *recipe: str) -> tuple[Path, bool]:
-    """Return the folder for what is made by this recipe, and whether it is there already."""
-    home = Path(os.environ.get("MIDGE_CACHE") or Path.home() / ".cache" / "midge")
+@contextlib.contextmanager
+def made_once(kind: str, *recipe: str) -> Iterator[tuple[Path, Path | None]]:
+    """Yield (the cache's folder for what this recipe makes, a folder to make it in).
+
+    Whoever comes second waits. The second is None if it is there already; otherwise what the caller
+    leaves in it as `made` is kept.
+    """
+    home = Path(os.environ.get("MIDGE_CACHE") or Path.home() / ".cache" / "midge") / "pi"
+    home.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256("\n".join(recipe).encode()).hexdigest()[:10]
-    folder = home / "pi" / f"{kind}-{digest}"
-    return folder, folder.is_dir()
+    folder = home / f"{kind}-{digest}"
+    with (home / f"{folder.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if folder.is_dir():
+            yield folder, None
+            return
+        with tempfile.TemporaryDirectory(dir=home) as work:
+            yield folder, Path(work)
+            (Path(work) / "made").rename(folder)
 
 
 def fetch_root(suite: str, architecture: str, packages: Sequence[str]) -> Path:
@@ -51,29 +65,14 @@ def fetch_root(suite: str, architecture: str, packages: Sequence[str]) -> Path:
 
     It is made once and kept in the cache. Raises CannotFetchError.
     """
-    folder, there = cached(f"{suite}-{architecture}", "1", *sorted(packages))
-    if there:
-        return folder
-    mirror = _mirror()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as name:
-        work = Path(name)
-        _download(work, mirror, suite, architecture, packages)
-        root = work / "root"
-        _make_links(root)
-        for each in sorted((work / "cache" / "archives").glob("*.deb")):
-            _unpack(each, root)
-        keep(root, folder)
+    with made_once(f"{suite}-{architecture}", "1", *sorted(packages)) as (folder, work):
+        if work is not None:
+            _download(work, _mirror(), suite, architecture, packages)
+            root = work / "made"
+            _make_links(root)
+            for each in sorted((work / "cache" / "archives").glob("*.deb")):
+                _unpack(each, root)
     return folder
-
-
-def keep(made: Path, folder: Path) -> None:
-    """Put what was made where `cached` finds it; another process may have been faster."""
-    try:
-        made.rename(folder)
-    except OSError:
-        if not folder.is_dir():
-            raise
 
 
 def _mirror() -> str:
@@ -126,5 +125,4 @@ def _unpack(package: Path, root: Path) -> None:
             stdin=deb.stdout, check=False,
         )  # fmt: skip
     if done.returncode or deb.returncode:
-        shutil.rmtree(root)
         raise CannotFetchError(f"{package.name} cannot be taken apart")

@@ -4,7 +4,6 @@ pip picks them, as a device's pip would; they are only taken apart, never instal
 """
 
 import sys
-import tempfile
 import tomllib
 import zipfile
 from pathlib import Path
@@ -12,7 +11,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from tests.pi.debian import cached, keep, run
+from tests.pi.debian import made_once, run
 
 __all__ = ["device_requirements", "fetch_site"]
 
@@ -44,26 +43,24 @@ def fetch_site(python: str, machine: str, *instead: str) -> Path:
     names = {_name(Requirement(each)) for each in instead}
     kept = [r for r in device_requirements(python) if _name(Requirement(r)) not in names]
     wanted = sorted([*kept, *instead])
-    folder, there = cached(f"site-{python}-{machine}", "1", *wanted)
-    if there:
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as name:
-        wheels = Path(name) / "wheels"
-        tags = [f"manylinux_2_{minor}_{machine}" for minor in GLIBC]
-        abi = f"cp{python.replace('.', '')}"
-        run(
-            sys.executable, "-m", "pip", "download", "--quiet", "--only-binary", ":all:",
-            "--disable-pip-version-check", "--dest", str(wheels), "--python-version", python,
-            "--implementation", "cp", *(f"--abi={each}" for each in (abi, "abi3", "none")),
-            *(f"--platform={each}" for each in (f"manylinux2014_{machine}", *tags)), *wanted,
-        )  # fmt: skip
-        site = Path(name) / "site"
-        for each in sorted(wheels.glob("*.whl")):
-            with zipfile.ZipFile(each) as archive:
-                archive.extractall(site)
-        keep(site, folder)
+    with made_once(f"site-{python}-{machine}", "1", *wanted) as (folder, work):
+        if work is not None:
+            _download(work / "wheels", python, machine, wanted)
+            for each in sorted((work / "wheels").glob("*.whl")):
+                with zipfile.ZipFile(each) as archive:
+                    archive.extractall(work / "made")
     return folder
+
+
+def _download(wheels: Path, python: str, machine: str, wanted: list[str]) -> None:
+    tags = [f"manylinux_2_{minor}_{machine}" for minor in GLIBC]
+    abi = f"cp{python.replace('.', '')}"
+    run(
+        sys.executable, "-m", "pip", "download", "--quiet", "--only-binary", ":all:",
+        "--disable-pip-version-check", "--dest", str(wheels), "--python-version", python,
+        "--implementation", "cp", *(f"--abi={each}" for each in (abi, "abi3", "none")),
+        *(f"--platform={each}" for each in (f"manylinux2014_{machine}", *tags)), *wanted,
+    )  # fmt: skip
 
 
 def _name(requirement: Requirement) -> str:
