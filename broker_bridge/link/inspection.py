@@ -205,7 +205,7 @@ def _limits(limits: LinkLimits) -> Iterator[Finding]:
             "broker limits",
             "warning",
             f"{said} (guessed: MQTT 3.1.1 does not say)",
-            "use a broker that speaks MQTT 5",
+            "use a broker that speaks MQTT 5, or set packet_bytes_max to what this one takes",
         )
     elif limits.packet_bytes_max < LIMITS.packet_bytes_max:
         yield Finding(
