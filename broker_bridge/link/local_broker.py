@@ -103,7 +103,7 @@ class LocalBroker:
 
     Writes its configuration, its log and its database into `folder`. `conf_text` replaces
     the shipped mosquitto.conf (and means no TLS for iotcore): for tests. `conf_more` goes
-    below it, as it is. `acl_text` replaces the shipped mosquitto.acl.
+    below it, as it is. Not `shipped_acl`: the folder's mosquitto.acl is kept as it is.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class LocalBroker:
         engine: Engine | None = None,
         conf_text: str | None = None,
         conf_more: str = "",
-        acl_text: str | None = None,
+        shipped_acl: bool = True,
     ) -> None:
         self.folder = folder.absolute()
         self.port = port
@@ -124,7 +124,7 @@ class LocalBroker:
         self.log_path = self.folder / "broker.log"
         self._conf_text = conf_text
         self._conf_more = conf_more
-        self._acl_text = acl_text
+        self._shipped_acl = shipped_acl
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -197,17 +197,24 @@ class LocalBroker:
         self.stop()
         self.start()
 
-    def reload(self, acl_text: str) -> None:
-        """Have mosquitto read the revoked certificates and these rules, while it runs.
+    def reload(self, *, wait_s: float = 15.0) -> None:
+        """Have mosquitto read the revoked certificates and the rules again, while it runs.
 
         The rules hold at once, for those who are connected too. A certificate is looked at
-        only when its client connects (decision 0085).
+        only when its client connects (decision 0085). Raises LocalError if it does not do it.
         """
-        self._acl_text = acl_text
         if self.engine != "mosquitto" or self._process is None:
             return
-        self._write_acl()
-        self._process.send_signal(signal.SIGHUP)
+        start, give_up = self.log_path.stat().st_size, time.monotonic() + wait_s
+        while self.is_running and time.monotonic() < give_up:
+            # mosquitto 2.0.11 forgets a signal that comes while it still obeys the one before.
+            self._process.send_signal(signal.SIGHUP)
+            again = time.monotonic() + 1.0
+            while time.monotonic() < again:
+                if b"Reloading config" in self.log_path.read_bytes()[start:]:
+                    return
+                time.sleep(0.01)
+        raise LocalError(f"mosquitto did not read its files again; see {self.log_path}")
 
     def __enter__(self) -> "LocalBroker":
         self.start()
@@ -235,7 +242,8 @@ class LocalBroker:
         text = self._conf_text
         if text is None:
             text = shipped_file("mosquitto.conf").read_text()
-            self._write_acl()
+            if self._shipped_acl:
+                shutil.copyfile(shipped_file(ACL_FILE), self.folder / ACL_FILE)
         # mosquitto must read a key that only its owner can read, so it stays who we are.
         config = self.folder / "mosquitto.conf"
         rendered = render_config(
@@ -243,13 +251,6 @@ class LocalBroker:
         )
         write_atomic(config, (rendered + self._conf_more).encode(), durable=False)
         return [str(program), "-c", str(config)]
-
-    def _write_acl(self) -> None:
-        text = self._acl_text
-        if text is None:
-            text = shipped_file(ACL_FILE).read_text()
-        # Whole or not at all: mosquitto may be told to read it at any moment.
-        write_atomic(self.folder / ACL_FILE, text.encode(), mode=0o644)
 
     def _prepare_iotcore(self) -> list[str]:
         if importlib.util.find_spec("iotcore") is None:

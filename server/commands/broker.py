@@ -9,7 +9,7 @@ from broker_bridge.errors import LocalError
 from broker_bridge.link.local_broker import LocalBroker
 from server.commands.options import DIR, PORT
 from server.fleet.broker_watch import follow, followed, say_heard
-from server.fleet.expulsion import acl_text, write_broker_files
+from server.fleet.expulsion import keep_broker_files
 from server.fleet.home import Home
 
 __all__ = ["broker"]
@@ -32,9 +32,8 @@ def broker(folder: Path, bind: str, port: int | None) -> None:
     home = Home.find(folder)
     stopped = stop_on_signals()
     chosen = port or home.config().broker.port
-    heard = home.roster()
-    write_broker_files(home, heard)
-    running = LocalBroker(home.broker, port=chosen, bind=bind, acl_text=acl_text(heard))
+    heard = keep_broker_files(home)
+    running = LocalBroker(home.broker, port=chosen, bind=bind, shipped_acl=False)
     with followed(home), running:
         say_heard(home, heard)
         click.echo(f"{running.engine} listens on {bind}:{chosen}, log in {running.log_path}")

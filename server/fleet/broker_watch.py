@@ -16,7 +16,7 @@ from broker_bridge.disk import disk_errors, owner_only, write_atomic
 from broker_bridge.errors import LocalError
 from broker_bridge.link.broker_config import ACL_FILE, REVOKED_FILE
 from broker_bridge.link.local_broker import LocalBroker
-from server.fleet.expulsion import acl_text, write_broker_files
+from server.fleet.expulsion import keep_broker_files
 from server.fleet.home import Home
 from server.fleet.roster import Roster
 
@@ -28,11 +28,10 @@ _HEARD = "midge-broker.heard"  # the epoch of the roster that the broker goes by
 
 def follow(home: Home, broker: LocalBroker, heard: Roster) -> Roster:
     """Make the broker go by the newest roster; return that one. Cheap when nothing changed."""
-    roster = home.roster()
-    if roster.epoch == heard.epoch:
+    if home.roster().epoch == heard.epoch:
         return heard
-    write_broker_files(home, roster)
-    broker.reload(acl_text(roster))
+    roster = keep_broker_files(home)
+    broker.reload()
     if roster.cuts != heard.cuts:
         broker.restart()
     say_heard(home, roster)

@@ -23,7 +23,7 @@ from server.store.database import Database
 from server.store.rows import Device
 from server.store.transaction import Transaction
 
-__all__ = ["acl_text", "complete", "expel", "free_name", "write_broker_files"]
+__all__ = ["complete", "expel", "free_name", "keep_broker_files"]
 
 _ROSTER_EPOCH = "roster_epoch"  # in the database: the newest roster that it has heard of
 Gone = Literal["revoked", "removed"]
@@ -138,7 +138,7 @@ def _still_in(tx: Transaction, roster: Roster) -> list[Device]:
 # ── What the broker reads ───────────────────────────────────────────────────────────────
 
 
-def acl_text(roster: Roster) -> str:
+def _acl_text(roster: Roster) -> str:
     """The shipped rules, and below them one for each name that nobody may use."""
     text = shipped_file(ACL_FILE).read_text()
     if not roster.closed:
@@ -147,10 +147,18 @@ def acl_text(roster: Roster) -> str:
     return f"{text}\n# Shut out by `midge device revoke`.\n{denied}\n"
 
 
+def keep_broker_files(home: Home) -> Roster:
+    """See to it that the broker's files say what the roster says; return the roster."""
+    with locked(home):  # or a command that writes the same files would trip over us
+        roster = home.roster()
+        write_broker_files(home, roster)
+    return roster
+
+
 def write_broker_files(home: Home, roster: Roster) -> bool:
     """Write the list of revoked certificates and the rules; say whether anything changed."""
     acl, revoked = home.broker / ACL_FILE, home.broker / REVOKED_FILE
-    text, authority = acl_text(roster).encode(), home.authority()
+    text, authority = _acl_text(roster).encode(), home.authority()
     with disk_errors(home.broker):
         old_acl = acl.read_bytes() if acl.exists() else b""
         old_list = revoked.read_bytes() if revoked.exists() else b""
