@@ -83,8 +83,8 @@ def restore(
     click.echo(f"restored the fleet {contents.federation!r} in {folder}, as it was on {made_at}")
     click.echo(f"the next round has a number above {made.above}, so that devices take it for new")
     click.echo(
-        f"what happened since {made_at} is not in it: revoke again what was revoked, and add "
-        "again what was added"
+        f"what happened since {made_at} is not in it: revoke again what was revoked, add again "
+        "what was added, and rotate the server's keys again if they were"
     )
 
 

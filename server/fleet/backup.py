@@ -25,16 +25,19 @@ import msgspec
 
 from broker_bridge.disk import REAL_DISK, disk_errors, make_folder, sync_folder, write_atomic
 from broker_bridge.errors import LocalError
+from broker_bridge.wire.envelope import random_bytes
+from broker_bridge.wire.messages import RoundSummary
 from server.fleet.home import Home
 from server.fleet.sealed_file import Cost, Reader, Writer
 from server.store.database import Database
+from server.store.transaction import Transaction
 
 __all__ = ["Contents", "Restored", "back_up", "restore"]
 
 # The whole of these folders, and of broker/ and state/ what cannot be made again.
 _FILES = re.compile(
     r"(keys|ca|server|operator|tasks)/[^/]+"
-    r"|broker/[^/]+\.pem"
+    r"|broker/[^/]+\.(pem|acl)"
     r"|state/models/\d+\.(weights|optimiser)"
 )
 _NEVER = re.compile(r".*(\.new|lock)")
@@ -98,13 +101,12 @@ def _copied(home: Home, copy: Path, now: float) -> Contents:
     """Copy the database, without the round that is open; say what is in it."""
     with contextlib.closing(Database(home.database)) as db:
         db.copy_to(copy)
+    federation = home.keys().federation
     with contextlib.closing(Database(copy)) as db:
         with db.transaction() as tx:
-            this = tx.current_round()
-            if this is not None:  # its key must not outlive it, and its updates are not here
-                tx.abandon_round(this.number, closed_at=now, summary_json="{}")
+            _abandon(tx, federation, now)
             contents = Contents(
-                federation=home.keys().federation,
+                federation=federation,
                 made_at=now,
                 round=tx.highest_round(),
                 model=max(0, tx.highest_model()),
@@ -112,6 +114,20 @@ def _copied(home: Home, copy: Path, now: float) -> Contents:
             )
         db.checkpoint()
     return contents
+
+
+def _abandon(tx: Transaction, federation: str, now: float) -> None:
+    """The key of an open round must not outlive it, and its updates are not in the backup."""
+    this, run = tx.current_round(), tx.current_run()
+    if this is None or run is None:
+        return
+    summary = RoundSummary(
+        federation=federation, run=run.id, round=this.number, state="abandoned",
+        task=run.task_name, model_version=this.model_before, invited=0, joined=0, accepted=0,
+        target=run.target, quorum=run.quorum, reason="it was open when the backup was made",
+    )  # fmt: skip
+    text = msgspec.json.encode(summary).decode()
+    tx.abandon_round(this.number, closed_at=now, summary_json=text)
 
 
 def _found(home: Home, database: Path) -> Iterator[tuple[str, Path]]:
@@ -224,6 +240,7 @@ def _settled(home: Home, contents: Contents, *, now: float, above: int) -> Resto
     """Put what devices compare above everything that can have been lost."""
     floor = max(contents.round, contents.model) + _STEP
     floor = max(floor, int(now * 1000), above)
+    home.change_keys(lambda keys: keys.restored(random_bytes, now=now))
     with contextlib.closing(Database(home.database)) as db, db.transaction() as tx:
         tx.set_floor(floor)
         void = tx.void_tokens(now)  # one of them may have been used since

@@ -54,6 +54,7 @@ class ServerKeys(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     fleet_epoch: int
     fleet_key: Key
     fleet_since: float = 0.0  # seconds since 1970, for people; 0: not known
+    numbers_above: int = 0  # where epochs and sequences go on after a restore (decision 0080)
 
     def __post_init__(self) -> None:
         if not is_name(self.federation):
@@ -80,7 +81,20 @@ class ServerKeys(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     def with_next_fleet_key(self, random: Random, *, now: float) -> "ServerKeys":
         """The same server with the fleet key of the next epoch."""
         return msgspec.structs.replace(
-            self, fleet_epoch=self.fleet_epoch + 1, fleet_key=random(KEY_BYTES), fleet_since=now
+            self,
+            fleet_epoch=max(self.fleet_epoch, self.numbers_above) + 1,
+            fleet_key=random(KEY_BYTES),
+            fleet_since=now,
+        )
+
+    def restored(self, random: Random, *, now: float) -> "ServerKeys":
+        """The same keys out of a backup, going on above what devices may have seen since.
+
+        The fleet key is another: whoever was shut out since has the one in the backup.
+        """
+        above = max(self.numbers_above, self.fleet_epoch, self.said.sequence, int(now))
+        return msgspec.structs.replace(self, numbers_above=above).with_next_fleet_key(
+            random, now=now
         )
 
     def with_next_identity(self, root: RootKey, random: Random, *, now: float) -> "ServerKeys":
@@ -93,7 +107,7 @@ class ServerKeys(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
         sign, kem = random(KEY_BYTES), random(KEY_BYTES)
         said = ServerIdentity(
             federation=self.federation,
-            sequence=self.said.sequence + 1,
+            sequence=max(self.said.sequence, self.numbers_above) + 1,
             sign_public=SignKey.from_seed(sign).public,
             kem_public=KemKey.from_seed(kem).public,
             issued_at=now,

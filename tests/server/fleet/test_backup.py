@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 
 from broker_bridge.errors import LocalError
+from broker_bridge.wire.envelope import random_bytes
 from server.cli import main as midge
 from server.fleet.backup import back_up, restore
 from server.fleet.enrolment import add_device
 from server.fleet.home import Home, create
+from server.fleet.keys import read_root
 from server.fleet.sealed_file import Cost, Writer
 from server.store.database import Database
 from server.store.rows import Round, Run
@@ -60,9 +62,9 @@ def test_every_key_setting_task_and_model_comes_back_as_it_was(home):
     left_out = {
         "offline/root.json", "bundles/ward-1.bundle", "state/spool/update", "broker/broker.log",
     }  # fmt: skip
-    made_anew = {"state/midge.db"}
-    kept = {n for n in before if not re.search(r"lock|mosquitto|-wal|-shm", n)} - left_out
-    assert {n for n in after if not re.search(r"-wal|-shm", n)} == kept
+    made_anew = {"state/midge.db", "keys/server.json"}
+    kept = {n for n in before if not re.search(r"lock|mosquitto.conf|-wal|-shm", n)} - left_out
+    assert {n for n in after if not re.search(r"lock|-wal|-shm", n)} == kept
     assert {n: after[n] for n in kept - made_anew} == {n: before[n] for n in kept - made_anew}
 
 
@@ -127,6 +129,25 @@ def test_a_clock_that_was_never_set_still_lets_the_numbers_grow(home):
 def test_whoever_knows_better_than_the_clock_can_say_so(home):
     made = restored(home, now=0.0, above=5_000_000_000_000)
     assert next_numbers(made.home)[0] == 5_000_000_000_001
+
+
+def test_the_next_fleet_key_and_the_next_identity_are_above_all_that_can_have_been(home):
+    root = read_root(home.folder / "offline" / "root.json")
+    before = home.keys()
+    lost = home.next_epoch()  # somebody was revoked, and the server's keys were rotated, since
+    rotated = before.with_next_identity(root, random_bytes, now=0.0)
+    made = restored(home, now=1.8e9).home
+    after = made.keys()
+    assert after.fleet_epoch > max(lost.fleet_epoch, 1_800_000_000)
+    assert after.fleet_key not in (before.fleet_key, lost.fleet_key)
+    assert (after.sign_seed, after.kem_seed, after.identity) == (
+        before.sign_seed, before.kem_seed, before.identity,
+    )  # fmt: skip
+    again = after.with_next_identity(root, random_bytes, now=0.0)
+    assert again.said.sequence > max(rotated.said.sequence, 1_800_000_000)
+    assert made.next_epoch().fleet_epoch == after.fleet_epoch + 1
+    later = after.restored(random_bytes, now=1.8e9 - 1e6)  # a clock that went back
+    assert later.fleet_epoch > after.fleet_epoch
 
 
 def test_a_token_that_may_have_been_used_since_is_void(home):
