@@ -33,6 +33,14 @@ ours=$root/etc/systemd/system
 say() { printf 'midge: %s\n' "$*"; }
 die() { printf 'midge: %s\n' "$*" >&2; exit 1; }
 own() { if [ -z "$root" ]; then chown "$@"; fi }
+# The service's user may have put links into its folder: what is written there, it writes.
+as_midge() {
+    if [ -z "$root" ]; then setpriv --reuid=midge --regid=midge --clear-groups "$@"; else "$@"; fi
+}
+give() { # FILE NAME: the file becomes the service's, whole or not at all
+    # shellcheck disable=SC2016 # that shell expands it
+    as_midge sh -c 'umask 077 && cat >"$1.new" && mv -f "$1.new" "$1"' give "$2" <"$1"
+}
 
 # ── May this be installed here? ──────────────────────────────────────────────────────────
 
@@ -129,9 +137,12 @@ if [ -z "$root" ]; then
         useradd --system --gid midge --home-dir /var/lib/midge --no-create-home \
             --shell /usr/sbin/nologin midge
 fi
-mkdir -p "$etc" "$var/tasks" "$var/data"
+mkdir -p "$etc" "$var"
 chmod 750 "$etc"
 own root:midge "$etc"
+chmod 700 "$var"
+own midge:midge "$var"
+as_midge mkdir -p "$var/tasks" "$var/data"
 if [ -e "$etc/device.toml" ]; then
     say "kept your settings in $etc/device.toml"
 elif [ -e "$here/device.toml" ]; then
@@ -140,23 +151,19 @@ fi
 if [ -e "$etc/device.toml" ]; then
     chmod 640 "$etc/device.toml"
     own root:midge "$etc/device.toml"
-    [ -e "$var/device.toml" ] || ln -sfn ../../../etc/midge/device.toml "$var/device.toml"
+    [ -e "$var/device.toml" ] || as_midge ln -sfn ../../../etc/midge/device.toml "$var/device.toml"
 fi
 if [ -e "$var/identity.json" ]; then
     say "this device is enrolled already: it keeps its identity and its outbox"
 elif [ -e "$here/device.bundle" ]; then
-    (umask 077 && cp "$here/device.bundle" "$var/device.bundle.new")
-    mv -f "$var/device.bundle.new" "$var/device.bundle"
+    give "$here/device.bundle" "$var/device.bundle"
 fi
 for each in "$here"/tasks/*.plan; do
-    if [ -e "$each" ]; then cp "$each" "$var/tasks/"; fi
+    if [ -e "$each" ]; then give "$each" "$var/tasks/${each##*/}"; fi
 done
 for each in "$here"/data/*; do
-    if [ -e "$each" ]; then cp "$each" "$var/data/" && say "your file $var/data/$(basename "$each")"; fi
+    if [ -e "$each" ]; then give "$each" "$var/data/${each##*/}" && say "your file $var/data/${each##*/}"; fi
 done
-chmod 700 "$var"
-own -R midge:midge "$var"
-own -h root:root "$var/device.toml" 2>/dev/null || true
 
 # ── The service ──────────────────────────────────────────────────────────────────────────
 
