@@ -104,7 +104,7 @@ class Service:
         self._fleet_at_s = clock()
         self._fleet_changes = -1  # how many of them are known here
         self._shut_out: Mapping[str, rows.DeviceStatus] = {}
-        self._revoked_keys: frozenset[bytes] = frozenset()
+        self._roster = registrar.home.roster()  # who is out, whatever the database says
         self._sign = ledger.keys.sign  # made once: it takes as long as a signature
         self._known: dict[str, tuple[rows.Device, float]] = {}
         self._announced: bytes | None = None  # signed, of the round that is open or was last
@@ -132,7 +132,6 @@ class Service:
         self._fit(self._link.limits.packet_bytes_max)
         with self._ledger.db.reading() as tx:  # before the round is taken up without these
             self._fleet_changes, self._shut_out = tx.fleet_changes(), tx.shut_out()
-        self._revoked_keys = self._registrar.home.roster().revoked_keys
         self._restore()
         self._link.subscribe([self._topics.all_states, *self._asking_for])
 
@@ -275,7 +274,7 @@ class Service:
                 return
             gone = tx.shut_out()
         self._fleet_changes = changes
-        self._revoked_keys = self._registrar.home.roster().revoked_keys
+        self._roster = self._registrar.home.roster()
         self._known.clear()
         self._sweep_at_s = self._clock()  # somebody may be wanted to renew
         self._accept()  # what is complete is in the sum before anything is taken out of it
@@ -418,8 +417,9 @@ class Service:
                 self._known[name] = device, now + _DEVICE_KNOWN_S
         if device is None:
             raise PeerError("unknown_device", f"no device {name!r} is enrolled")
-        if device.sign_public in self._revoked_keys:
-            raise PeerError("revoked_device", f"the key of {name!r} was revoked")
+        if now >= until_s and self._roster.shuts_out(name, (device.sign_public,)):
+            self._known.pop(name, None)
+            raise PeerError("revoked_device", f"the device {name!r} was revoked")
         if device.status != "enrolled":
             raise PeerError("revoked_device", f"the device {name!r} is {device.status}")
         return device

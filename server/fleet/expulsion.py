@@ -124,14 +124,13 @@ def _mark(tx: Transaction, name: str, status: Gone) -> bool:
 
 def _still_in(tx: Transaction, roster: Roster) -> list[Device]:
     """The devices that the database lets in, and whose keys were revoked."""
-    revoked = roster.revoked_keys
     found = (tx.device(name) for name in sorted({each.device for each in roster.expelled}))
     return [
         row
         for row in found
         if row is not None
         and row.status not in ("revoked", "removed")
-        and revoked & {row.sign_public, row.kem_public, row.tls_public}
+        and roster.shuts_out(row.name, (row.sign_public, row.kem_public, row.tls_public))
     ]
 
 

@@ -50,6 +50,13 @@ class Roster(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         """Whether any of these public keys was revoked, under whatever name."""
         return any(key in each.keys for each in self.expelled for key in keys)
 
+    def shuts_out(self, name: str, keys: Collection[bytes]) -> bool:
+        """Whether a device must stay out: by its name, which is closed, or by one of its keys.
+
+        By name as well, for a database from before a rotation holds keys that nobody revoked.
+        """
+        return name in self.closed or self.has_revoked(keys)
+
     @property
     def revoked_keys(self) -> frozenset[bytes]:
         """Every public key that was revoked."""

@@ -4,6 +4,7 @@ import csv
 import json
 import time
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -275,6 +276,24 @@ def test_an_older_database_does_not_readmit_anybody(fleet):
         expulsion.complete(fleet.home, db)
     assert row(fleet, "ann").status == "revoked"
     assert row(fleet, "ben").status == "enrolled"
+
+
+def test_nor_does_a_database_from_before_its_keys_were_rotated(fleet):
+    fleet.enrol("ann")
+    with closing(Database(fleet.home.database)) as db:
+        db.checkpoint()
+        backup = fleet.home.database.read_bytes()
+        with db.transaction() as tx:
+            new = replace(tx.device("ann"), sign_public=b"n" * 32, kem_public=b"e" * 32,
+                          tls_public=b"w" * 32)  # fmt: skip
+            tx.add_device(new)
+    asked(fleet, "revoke", "ann")
+    for path in fleet.home.state.glob("midge.db*"):
+        path.unlink()
+    fleet.home.database.write_bytes(backup)
+    with closing(Database(fleet.home.database)) as db:
+        expulsion.complete(fleet.home, db)
+    assert row(fleet, "ann").status == "revoked"
 
 
 def test_an_older_roster_is_not_believed(fleet):
