@@ -98,11 +98,12 @@ class Agent:
         software: str = "",
         judged: Callable[[int | None], list[Verdict]] | None = None,
         keeps_model: bool = False,
+        personal_epochs: int = 0,
     ) -> None:
         """`relink` ends a link and makes another, with the certificate of a new identity; without
         it, the new certificate is used when the process starts again. `judged` says what the
         owner's rules say now, given the number of samples. `keeps_model`: for this device's own
-        programs (device_client/model.py)."""
+        programs (device_client/model.py); `personal_epochs`: how long to train it on for them."""
         self.identity = identity
         self.rejects: Counter[str] = Counter()
         self._topics = Topics(identity.federation)
@@ -126,6 +127,7 @@ class Agent:
         self._judge_at_s = 0.0
         self._eligible = ev.Eligible()
         self._keeps_model = keeps_model
+        self._personal_epochs = personal_epochs
         self._role: Literal["train", "evaluate"] = role
         self._draw = draw
         self._participant = self._as_after_a_power_cut()
@@ -234,6 +236,8 @@ class Agent:
         before, self._eligible = self._eligible, found
         if found == before:
             return []
+        if found.against and self.state is State.IDLE:
+            self._bench.stop(found.against)  # a model that is being made personal
         if bool(found.against) != bool(before.against):
             log.info("%s", f"not now: {found.against}" if found.against else "may work again")
         return [found]
@@ -498,9 +502,12 @@ class Agent:
     def _keep(self, version: int, number: int) -> None:
         """For this device's own programs: a round does not fail for want of it."""
         try:
-            self._bench.keep("global", version=version, number=number)
+            self._bench.keep(version=version, number=number)
         except LocalError as error:
             log.warning("model %d is not kept for local use: %s", version, error)
+            return
+        if self._personal_epochs and self.state is State.IDLE:
+            self._bench.personalise(number, version, epochs=self._personal_epochs)
 
     # ── sealing ─────────────────────────────────────────────────────────────────────────
 

@@ -178,9 +178,12 @@ def _run(
         identity, connect(identity), journal=journal, load=sandbox.load, role=settings.role,
         boot=boot, draw=random.random, relink=relink, software=f"midge {version('midge')}",
         judged=_judged(folder, settings.eligibility), keeps_model=settings.keep_model,
+        personal_epochs=settings.personal_epochs,
     )  # fmt: skip
     try:
-        agent.run(Supervisor().watched(stopped, lambda: agent.state.value))
+        turning = Supervisor().watched(stopped, lambda: agent.state.value)
+        sandbox.while_waiting = turning  # samples may take long to come
+        agent.run(turning)
     finally:
         sandbox.close()
         agent.link.close()

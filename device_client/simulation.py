@@ -41,6 +41,7 @@ from broker_bridge.link.paho_session import SessionSettings
 from broker_bridge.link.poller import PolledLink, Poller, raise_file_limit
 from broker_bridge.link.tls import client_context
 from broker_bridge.task.runtime import Evaluation, TaskRuntime
+from broker_bridge.task.samples import Part
 from broker_bridge.task.taskfile import Plan, Training
 from broker_bridge.wire import messages
 from broker_bridge.wire.envelope import client_id
@@ -172,6 +173,7 @@ class FastTrainer:
         seed: int,
         on_step: Callable[[Progress], bool],
         optimiser_state: Mapping[str, Array] | None = None,  # noqa: ARG002 - noise has none
+        part: Part = "all",  # noqa: ARG002 - nor samples
     ) -> Trained | None:
         """The weights and some noise."""
         start = seed % _NOISE_VALUES
@@ -185,7 +187,12 @@ class FastTrainer:
             return None
         return Trained(new, self._examples, settings.epochs, loss, {}, 0.0)
 
-    def evaluate(self, weights: Mapping[str, Array]) -> Evaluation:
+    def evaluate(
+        self,
+        weights: Mapping[str, Array],
+        *,
+        part: Part = "all",  # noqa: ARG002
+    ) -> Evaluation:
         """A made-up loss."""
         return Evaluation(self._examples, 1.0 + 0.0 * len(weights), {})
 

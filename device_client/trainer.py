@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from broker_bridge.errors import LocalError
 from broker_bridge.machine import peak_memory_bytes
 from broker_bridge.task.runtime import Evaluation, State, Step, TaskRuntime
-from broker_bridge.task.samples import Samples, check_samples
+from broker_bridge.task.samples import Part, Samples, check_samples, part_of
 from broker_bridge.task.taskfile import Training
 
 __all__ = ["Progress", "Trained", "Trainer", "TrainingDivergedError"]
@@ -82,6 +82,7 @@ class Trainer:
         seed: int,
         on_step: Callable[[Progress], bool] = lambda _: True,
         optimiser_state: Mapping[str, Array] | None = None,
+        part: Part = "all",
     ) -> Trained | None:
         """Train `settings.epochs` epochs from `weights`; None when `on_step` answered False.
 
@@ -89,6 +90,8 @@ class Trainer:
         `optimiser_state` is that of an earlier `Trained`, used if the task keeps it.
         Raises TrainingDivergedError, and PeerError when the weights are not the task's.
         """
+        if part != "all":
+            return self._on(part).train(weights, settings, seed=seed, on_step=on_step)
         started = self._clock()
         state = self._start(weights, optimiser_state)
         anchor = state.weights
@@ -108,10 +111,18 @@ class Trainer:
         return self._trained(state, epoch, steps, self._clock() - started)
 
     def evaluate(
-        self, weights: Mapping[str, Array], on_batch: Callable[[], None] = lambda: None
+        self,
+        weights: Mapping[str, Array],
+        on_batch: Callable[[], None] = lambda: None,
+        *,
+        part: Part = "all",
     ) -> Evaluation:
         """Return how `weights` do on this trainer's own samples."""
-        return self._runtime.evaluate(weights, self._samples, on_batch)
+        return self._runtime.evaluate(weights, part_of(self._samples, part), on_batch)
+
+    def _on(self, part: Part) -> "Trainer":
+        """The same on a part of the samples."""
+        return Trainer(self._runtime, part_of(self._samples, part), clock=self._clock)
 
     def _start(
         self, weights: Mapping[str, Array], optimiser_state: Mapping[str, Array] | None

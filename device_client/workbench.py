@@ -24,6 +24,7 @@ from broker_bridge.disk import REAL_DISK, Disk, disk_errors, make_folder, write_
 from broker_bridge.errors import LocalError, PeerError
 from broker_bridge.machine import machine_name
 from broker_bridge.task.runtime import Evaluation
+from broker_bridge.task.samples import Part
 from broker_bridge.task.taskfile import Plan, Training, decode_plan
 from broker_bridge.wire import weights
 from broker_bridge.wire.envelope import sha256
@@ -54,14 +55,15 @@ class LocalTrainer(Protocol):
         seed: int,
         on_step: Callable[[Progress], bool],
         optimiser_state: Mapping[str, Array] | None = None,
+        part: Part = "all",
     ) -> Trained | None:
-        """Train from `weights`; None when `on_step` answered False.
+        """Train from `weights` on this part of the samples; None when `on_step` answered False.
 
         `optimiser_state`: that of the training before, for a task that keeps it.
         """
 
-    def evaluate(self, weights: Mapping[str, Array]) -> Evaluation:
-        """Measure `weights` on the samples."""
+    def evaluate(self, weights: Mapping[str, Array], *, part: Part = "all") -> Evaluation:
+        """Measure `weights` on this part of the samples."""
 
 
 @runtime_checkable
@@ -168,6 +170,7 @@ class Workbench:
         self._trainer: LocalTrainer | None = None
         self._model: tuple[bytes, dict[str, Array]] | None = None
         self._trained: Trained | None = None
+        self._is_personalising = False
         self._kept: dict[str, Array] = {}  # optimiser state, of a task that keeps it
 
     @property
@@ -217,13 +220,21 @@ class Workbench:
             weights.check(found, self._plan.task.weights)
         self._model = (digest, found)
 
-    def keep(self, kind: models.Kind, *, version: int, number: int) -> None:
-        """Put the model at hand where this device's own programs find it. Raises LocalError."""
+    def keep(self, *, version: int, number: int) -> None:
+        """Put the model at hand where this device's own programs find it. Raises LocalError.
+
+        A personal model was better than an older one: until it is trained anew there is none.
+        """
         if self._plan is not None and self._model is not None:
-            models.keep(
-                self._folder, kind, self._plan, self._model[1], version=version, number=number,
-                disk=self._disk,
-            )  # fmt: skip
+            self._keep("global", self._plan, self._model[1], version, number)
+            models.discard(self._folder, "personal", disk=self._disk)
+
+    def _keep(
+        self, kind: models.Kind, plan: Plan, found: dict[str, Array], version: int, number: int
+    ) -> None:
+        models.keep(
+            self._folder, kind, plan, found, version=version, number=number, disk=self._disk
+        )
 
     def _path(self, digest: bytes) -> Path:
         return self._folder / "tasks" / f"{digest.hex()[:16]}.plan"
@@ -259,6 +270,7 @@ class Workbench:
             )  # fmt: skip
             return [ev.Trained(number)]
 
+        self._end_personalising()
         log.info("round %d: training", number)
         self.background.start(_guarded(work, number))
         return []
@@ -279,8 +291,50 @@ class Workbench:
         self.background.start(_guarded(work, number))
         return []
 
+    def personalise(self, number: int, version: int, *, epochs: int) -> None:
+        """Begin to train model `version` on from here, for this device's own programs.
+
+        It learns from most of the samples, and is kept only if it does better than the global
+        model on the rest, which it has not seen: by accuracy where the task has that, else by
+        loss. What is sent in rounds is never trained from it.
+        """
+        trainer, plan, model = self._trainer, self._plan, self._model
+        if trainer is None or plan is None or model is None:
+            return
+        defaults = plan.task.defaults
+        training = Training(
+            epochs=epochs, learning_rate=defaults.learning_rate, clip_norm=defaults.clip_norm
+        )
+
+        def work() -> list[ev.Event]:
+            before = trainer.evaluate(model[1], part="rest")
+            trained = trainer.train(
+                model[1], training, seed=self._seed(number), on_step=self._step_done, part="most"
+            )
+            if trained is None:
+                return []
+            after = trainer.evaluate(trained.weights, part="rest")
+            better = _is_better(after, before)
+            log.info(
+                "model %d trained on for this device: %s of %d samples held out, %s before: %s",
+                version, _score(after), after.examples, _score(before),
+                "kept" if better else "not kept",
+            )  # fmt: skip
+            if better and not self.background.stopping:
+                self._keep("personal", plan, trained.weights, version, number)
+            return []
+
+        self._is_personalising = True
+        self.background.start(_guarded(work, number))
+
+    def _end_personalising(self) -> None:
+        """A round comes first."""
+        if self._is_personalising:
+            self.stop("there is other work")
+
     def stop(self, reason: str) -> None:
         """End whatever is being done."""
+        self._is_personalising = False
         if isinstance(self._trainer, Apart):
             self._trainer.interrupt()
         if self.background.stop():
@@ -305,6 +359,21 @@ class Workbench:
         """The same round on the same device trains alike, so a power cut changes nothing."""
         drawn = hashlib.sha256(self._scope.encode() + number.to_bytes(8, "big")).digest()
         return int.from_bytes(drawn[:8], "big")
+
+
+def _score(found: Evaluation) -> str:
+    accuracy = found.metrics.get("accuracy")
+    return f"loss {found.loss:.4f}" if accuracy is None else f"accuracy {accuracy:.3f}"
+
+
+def _is_better(after: Evaluation, before: Evaluation) -> bool:
+    """Strictly: a tie is no reason to differ from everybody else."""
+    if not math.isfinite(after.loss):
+        return False
+    pair = after.metrics.get("accuracy"), before.metrics.get("accuracy")
+    if pair[0] is not None and pair[1] is not None and pair[0] != pair[1]:
+        return pair[0] > pair[1]
+    return after.loss < before.loss
 
 
 def _measured(plan: Plan, trained: Trained) -> Measured:

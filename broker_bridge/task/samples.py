@@ -10,7 +10,7 @@ import math
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,9 +19,25 @@ from broker_bridge.errors import LocalError
 from broker_bridge.task.taskfile import Standardise, Task, Window
 from broker_bridge.wire.weights import TensorSpec
 
-__all__ = ["Samples", "check_samples", "from_arrays", "preprocess", "read_npz", "standardise"]
+__all__ = [
+    "Part",
+    "Samples",
+    "check_samples",
+    "from_arrays",
+    "part_of",
+    "part_size",
+    "preprocess",
+    "read_npz",
+    "standardise",
+]
 
 Array = NDArray[Any]
+
+# Of a device's samples: all; most, to train on; and the rest, to measure on.
+Part = Literal["all", "most", "rest"]
+_REST_SHARE = 0.2
+_REST_MAX = 2000
+_PARTS_SEED = 1
 
 
 @dataclass(frozen=True)
@@ -91,6 +107,53 @@ def check_samples(task: Task, samples: Samples) -> Samples:
             f"is outside {low:g} … {high:g}, the range of the task {task.name!r}",
         )
     return Samples(inputs, labels, weights, checked_for=task)
+
+
+def part_size(count: int, part: Part) -> int:
+    """How many of `count` samples are in this part. Raises LocalError for too few to divide."""
+    if part == "all":
+        return count
+    rest = min(max(1, round(count * _REST_SHARE)), _REST_MAX)
+    if count - rest < 1:
+        raise LocalError(f"{count} samples are too few to hold some of them out")
+    return rest if part == "rest" else count - rest
+
+
+def part_of(samples: Samples, part: Part) -> Samples:
+    """This part of `samples`; the same ones each time. Inputs on a disk stay there.
+
+    Raises LocalError as `part_size` does.
+    """
+    if part == "all":
+        return samples
+    rest = part_size(len(samples), "rest")
+    order = np.random.Generator(np.random.PCG64(_PARTS_SEED)).permutation(len(samples))
+    rows = np.sort(order[:rest] if part == "rest" else order[rest:])
+    return Samples(
+        tuple(_Rows(array, rows) for array in samples.inputs),  # type: ignore[misc]
+        samples.labels[rows],
+        None if samples.weights is None else samples.weights[rows],
+        checked_for=samples.checked_for,
+        descriptors=samples.descriptors,
+    )
+
+
+class _Rows:
+    """Some rows of an array, fetched when they are asked for."""
+
+    def __init__(self, array: Array, rows: NDArray[np.int64]) -> None:
+        self._array = array
+        self._rows = rows
+        self.dtype = array.dtype
+        self.shape = (len(rows), *array.shape[1:])
+        self.ndim = len(self.shape)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, rows: Any) -> Array:
+        found: Array = self._array[self._rows[rows]]
+        return found
 
 
 def preprocess(task: Task, recording: Array) -> Array:

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from broker_bridge.errors import LocalError, MidgeError, PeerError
 from broker_bridge.limits import LIMITS
 from broker_bridge.task.runtime import TaskRuntime, warm_up
-from broker_bridge.task.samples import Samples
+from broker_bridge.task.samples import Part, Samples
 from broker_bridge.task.taskfile import Task, Training, decode_plan
 from broker_bridge.wire import weights
 from device_client.data import load_samples
@@ -133,13 +133,13 @@ class _Worker:
             case talk.Train() if self._trainer is not None:
                 self._train(self._trainer, message, blob)
             case talk.Evaluate() if self._trainer is not None:
-                self._evaluate(self._trainer, blob)
+                self._evaluate(self._trainer, message.part, blob)
             # `Ack` and `Stop` that crossed our last word mean nothing any more.
 
-    def _evaluate(self, trainer: Trainer, blob: memoryview) -> None:
+    def _evaluate(self, trainer: Trainer, part: Part, blob: memoryview) -> None:
         self._said_s = time.monotonic()
         try:
-            found = trainer.evaluate(weights.decode(blob), self._batch_done)
+            found = trainer.evaluate(weights.decode(blob), self._batch_done, part=part)
         except _StoppedError:
             self._line.say(talk.Stopped())
         else:
@@ -163,7 +163,7 @@ class _Worker:
         self._losses, self._said_s, self._unread = [], time.monotonic(), False
         trained = trainer.train(
             weights.decode(blob[:border]), settings, seed=asked.seed, on_step=self._step_done,
-            optimiser_state=kept,
+            optimiser_state=kept, part=asked.part,
         )  # fmt: skip
         if trained is None:
             self._line.say(talk.Stopped())

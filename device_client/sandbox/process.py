@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -36,6 +36,7 @@ _NOT_FOR_IT = (
 )
 
 _CLOSED_GRACE_S = 2.0
+_LOOK_EVERY_S = 1.0
 
 # The rest of the sentence, by the signal that ended the process.
 _DEATHS: dict[int, str] = {
@@ -71,6 +72,8 @@ class Process:
         for each in (self._line, self._wake_reader, self._wake_writer):
             each.setblocking(False)
         self._stop_grace_s = stop_grace_s
+        # Asked every second while we wait, by whoever must not wait in silence; True: give up.
+        self.while_waiting: Callable[[], bool] | None = None
         self._give_up_s = math.inf  # when a process that was told to stop is ended
         self._ended = threading.Event()
         self._process: subprocess.Popen[bytes] | None = None
@@ -189,7 +192,7 @@ class Process:
         return found
 
     def _wait(self, what: int, until_s: float) -> None:
-        """Return when the line is ready, or an interruption was passed on."""
+        """Return when the line is ready, an interruption was passed on, or a second is over."""
         waiting = select.poll()
         waiting.register(self._line, what)
         waiting.register(self._wake_reader, select.POLLIN)
@@ -203,7 +206,13 @@ class Process:
                 f"the training process gave no sign of life for {self._stall_s:g} s and was "
                 "ended; if one step takes that long here, set stall_s higher in device.toml"
             )
-        ready = dict(waiting.poll(1000 * (min(until_s, self._give_up_s) - now_s) + 1))
+        left_s = min(until_s, self._give_up_s) - now_s
+        if self.while_waiting is not None:
+            left_s = min(left_s, _LOOK_EVERY_S)
+            if self.while_waiting():
+                self.end()
+                raise StoppedError
+        ready = dict(waiting.poll(1000 * left_s + 1))
         if self._wake_reader.fileno() in ready:
             self._wake_reader.recv(4096)
             if what == select.POLLOUT:  # in the middle of a frame: there is no other way

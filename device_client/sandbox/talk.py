@@ -15,6 +15,7 @@ from msgspec import Meta
 
 from broker_bridge.errors import PeerError
 from broker_bridge.limits import LIMITS
+from broker_bridge.task.samples import Part
 from device_client.sandbox.confinement import Confinement
 
 __all__ = [
@@ -59,10 +60,13 @@ class Train(_Message, frozen=True, kw_only=True):
     clip_norm: float
     seed: int
     optimiser_bytes: int = 0
+    part: Part = "all"
 
 
 class Evaluate(_Message, frozen=True):
     """Measure the weights, which are the blob."""
+
+    part: Part = "all"
 
 
 class Ack(_Message, frozen=True):

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from broker_bridge.errors import LocalError, PeerError
 from broker_bridge.task.runtime import Evaluation
+from broker_bridge.task.samples import Part, part_size
 from broker_bridge.task.taskfile import Plan, Task, Training, encode_plan
 from broker_bridge.wire import weights as wire
 from device_client.config import DeviceConfig
@@ -72,19 +73,23 @@ class Sandbox:
     ) -> None:
         self._settings = settings
         self._deaths = Deaths(clock)
+        self.while_waiting: Callable[[], bool] = lambda: False
         self._confined: Confinement | None = None
         self._trainer: SandboxedTrainer | None = None
 
     def load(self, plan: Plan) -> "SandboxedTrainer":
         """Fetch the samples for `plan`; load it where it can do no harm.
 
-        Raises LocalError when data, plan or process do not work.
+        `while_waiting` is asked every second; True: give up. Raises LocalError when data,
+        plan or process do not work.
         """
         self.close()
         self._deaths.begin(plan.digest)
         self._trainer = SandboxedTrainer(plan, self._settings, self._deaths, self._say_once)
         try:
-            self._trainer.open()
+            self._trainer.open(self.while_waiting)
+        except StoppedError:
+            raise LocalError("the device is stopping") from None
         except BaseException:
             self.close()
             raise
@@ -159,13 +164,14 @@ class SandboxedTrainer:
             header = msgspec.json.encode(self.plan.task)
             self._process, self._is_open = _start(self._settings, header), False
 
-    def open(self) -> Process:
+    def open(self, while_waiting: Callable[[], bool] | None = None) -> Process:
         """Return a process that has samples and plan. Raises LocalError."""
         self.warm()
         process = self._process
         assert process is not None  # noqa: S101 - warm made it
         if not self._is_open:
             process.begin()
+            process.while_waiting = while_waiting
             with self._deaths.counted():
                 ready = _ready(process)
                 if not ready.samples:
@@ -177,6 +183,7 @@ class SandboxedTrainer:
             self._samples = ready.samples
             self.runtime_name = _printable(built.runtime)
             self._is_open = True
+            process.while_waiting = None
             self._on_ready(ready.confinement)
         return process
 
@@ -203,6 +210,7 @@ class SandboxedTrainer:
         seed: int,
         on_step: Callable[[Progress], bool] = lambda _: True,
         optimiser_state: Mapping[str, Array] | None = None,
+        part: Part = "all",
     ) -> Trained | None:
         """Do what `Trainer.train` does, with the same bits. Raises LocalError, PeerError.
 
@@ -217,16 +225,16 @@ class SandboxedTrainer:
         asked = talk.Train(
             epochs=settings.epochs, learning_rate=settings.learning_rate,
             proximal_mu=settings.proximal_mu, clip_norm=settings.clip_norm, seed=seed,
-            optimiser_bytes=len(kept),
+            optimiser_bytes=len(kept), part=part,
         )  # fmt: skip
         started_s = time.monotonic()
 
         def answers(process: Process) -> Trained | None:
-            return _Course(self, process, settings, on_step, started_s).follow()
+            return _Course(self, process, settings, on_step, started_s, part).follow()
 
         return self._ask(asked, (wire.encode(weights), kept), answers)
 
-    def evaluate(self, weights: Mapping[str, Array]) -> Evaluation:
+    def evaluate(self, weights: Mapping[str, Array], *, part: Part = "all") -> Evaluation:
         """Measure `weights` on the samples. Raises LocalError, PeerError."""
         wire.check(weights, self.plan.task.weights)
 
@@ -239,9 +247,9 @@ class SandboxedTrainer:
             if isinstance(found, talk.Failure):
                 raise _error(found)
             metrics = _metrics(process, found.metrics, self.plan.task)
-            return Evaluation(self._samples, found.loss, metrics)
+            return Evaluation(part_size(self._samples, part), found.loss, metrics)
 
-        found = self._ask(talk.Evaluate(), (wire.encode(weights),), answers)
+        found = self._ask(talk.Evaluate(part), (wire.encode(weights),), answers)
         if found is None:
             raise LocalError("the evaluation was stopped")
         return found
@@ -283,13 +291,15 @@ class _Course:
         settings: Training,
         on_step: Callable[[Progress], bool],
         started_s: float,
+        part: Part,
     ) -> None:
         self._trainer = trainer
         self._task = trainer.plan.task
         self._process = process
         self._on_step = on_step
         self._started_s = started_s
-        self._steps = settings.epochs * math.ceil(len(trainer) / self._task.batch_size)
+        self._examples = part_size(len(trainer), part)
+        self._steps = settings.epochs * math.ceil(self._examples / self._task.batch_size)
         self._step = 0
         self._stopped = False
         # Exactly what `weights.encode` makes of these tensors: no more is taken in.
@@ -340,7 +350,7 @@ class _Course:
         if not math.isfinite(done.loss):
             raise process.nonsense(f"a loss of {done.loss}")
         return Trained(
-            weights=found, examples=len(self._trainer), steps=self._steps, loss=done.loss,
+            weights=found, examples=self._examples, steps=self._steps, loss=done.loss,
             metrics=_metrics(process, done.metrics, task),
             seconds=min(done.seconds, time.monotonic() - self._started_s),
             optimiser_state=kept, runtime=self._trainer.runtime_name,
