@@ -190,6 +190,7 @@ def enrolled(
     root = bytes.fromhex(bundle.root_public)
     if server is None:
         server = server_identity(root, bundle.federation, bytes.fromhex(bundle.server_identity))
+    former = configured.former
     return Identity(
         federation=bundle.federation,
         device=bundle.device,
@@ -203,6 +204,7 @@ def enrolled(
         psk=bytes.fromhex(bundle.token),
         fleet_epoch=configured.fleet_epoch,
         fleet_key=configured.fleet_key,
+        former=() if former is None else (FleetKey(former.epoch, former.key),),
         ca_pem=bundle.ca_pem,
         certificate_pem=configured.certificate_pem,
         certified_until=configured.certified_until,
@@ -214,7 +216,7 @@ def renewed(identity: Identity, configured: Configured, keys: Keys) -> Identity:
     """The identity after an answer to our `Renew`, which was opened with `keys`."""
     if configured.device != identity.device:
         raise PeerError("other_device", "an answer for another device")
-    held = identity.fleet_keys | {configured.fleet_epoch: configured.fleet_key}
+    held = identity.fleet_keys | _fleet_keys(configured)
     newest = max(held)
     others = sorted((FleetKey(e, k) for e, k in held.items() if e != newest), key=_epoch)
     changed = {} if not configured.certificate_pem else {
@@ -226,6 +228,12 @@ def renewed(identity: Identity, configured: Configured, keys: Keys) -> Identity:
         former=tuple(others[-_FORMER_MAX:]), floor_s=max(identity.floor_s, configured.issued_at),
         **changed,
     )  # fmt: skip
+
+
+def _fleet_keys(configured: Configured) -> dict[int, bytes]:
+    former = configured.former
+    held = {} if former is None else {former.epoch: former.key}
+    return held | {configured.fleet_epoch: configured.fleet_key}
 
 
 def _epoch(key: FleetKey) -> int:

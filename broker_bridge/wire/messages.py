@@ -26,6 +26,7 @@ __all__ = [
     "Configured",
     "Enrol",
     "EnrolSecret",
+    "FleetKey",
     "Go",
     "Init",
     "Join",
@@ -252,6 +253,16 @@ class Welcome(_Message, frozen=True, kw_only=True, tag="welcome"):
     sealed: Annotated[bytes, Meta(max_length=LIMITS.control_bytes_max)]
 
 
+class FleetKey(_Message, frozen=True, kw_only=True):
+    """What opens task and model in an epoch."""
+
+    epoch: Count
+    key: Bytes32
+
+    def __repr__(self) -> str:
+        return f"FleetKey({self.epoch})"
+
+
 class Configured(_Message, frozen=True, kw_only=True):
     """What is sealed in `Welcome`. An empty certificate: the one that the device has stays."""
 
@@ -261,6 +272,7 @@ class Configured(_Message, frozen=True, kw_only=True):
     issued_at: Finite = 0.0  # a device's clock cannot be right if it is behind this
     fleet_epoch: Count
     fleet_key: Bytes32
+    former: FleetKey | None = None  # of a round that is still open under an older one
 
     def __repr__(self) -> str:
         return f"Configured({self.device}, fleet epoch {self.fleet_epoch})"

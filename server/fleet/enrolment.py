@@ -14,8 +14,22 @@ from broker_bridge.disk import write_atomic
 from broker_bridge.errors import LocalError, PeerError
 from broker_bridge.wire import enrolment, messages
 from broker_bridge.wire.enrolment import Bundle, Contact
-from broker_bridge.wire.envelope import KEY_BYTES, KemKey, fingerprint, random_bytes
-from broker_bridge.wire.messages import Configured, Enrol, EnrolSecret, Refused, Welcome
+from broker_bridge.wire.envelope import (
+    KEY_BYTES,
+    SIGNATURE_BYTES,
+    KemKey,
+    fingerprint,
+    random_bytes,
+)
+from broker_bridge.wire.messages import (
+    Announcement,
+    Configured,
+    Enrol,
+    EnrolSecret,
+    FleetKey,
+    Refused,
+    Welcome,
+)
 from broker_bridge.wire.topics import RESERVED
 from server.config import Broker
 from server.fleet.authority import (
@@ -199,20 +213,34 @@ class Registrar:
     def _welcome(self, contact: Contact, device: Device) -> Welcome:
         keys = self.home.keys()
         pem, until = self.certificate_for(device)
-        configured = Configured(
-            device=device.name,
-            certificate_pem=pem,
-            certified_until=until,
-            issued_at=self.clock(),
-            fleet_epoch=keys.fleet_epoch,
-            fleet_key=keys.fleet_key,
-        )
+        configured = self.configured(device, pem, until)
         return enrolment.welcome(
             contact,
             configured,
             device_kem=device.kem_public,
             server_kem=keys.kem,
             ephemeral=KemKey.from_seed(self.random(KEY_BYTES)),
+        )
+
+    def configured(self, device: Device, pem: str, until: int) -> Configured:
+        """What is sealed for a member: the newest fleet key, and that of the open round."""
+        keys = self.home.keys()
+        with self.db.reading() as tx:
+            this = tx.current_round()
+        former = None
+        if this is not None and this.fleet_key not in (None, keys.fleet_key):
+            opened: Announcement = messages.decode(
+                this.announcement[SIGNATURE_BYTES:], Announcement
+            )
+            former = FleetKey(epoch=opened.fleet_epoch, key=this.fleet_key or b"")
+        return Configured(
+            device=device.name,
+            certificate_pem=pem,
+            certified_until=until,
+            issued_at=self.clock(),
+            fleet_epoch=keys.fleet_epoch,
+            fleet_key=keys.fleet_key,
+            former=former,
         )
 
     def certificate_for(self, device: Device) -> tuple[str, int]:

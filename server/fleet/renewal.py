@@ -14,7 +14,7 @@ from broker_bridge.errors import PeerError
 from broker_bridge.wire import enrolment, messages
 from broker_bridge.wire.enrolment import Contact
 from broker_bridge.wire.envelope import KEY_BYTES, KemKey
-from broker_bridge.wire.messages import Configured, Refused, Renew, Renewal, RenewKeys, Welcome
+from broker_bridge.wire.messages import Refused, Renew, Renewal, RenewKeys, Welcome
 from broker_bridge.wire.renewal import accept_keys
 from server.fleet.enrolment import Registrar, ends_soon
 from server.store.rows import Device
@@ -92,14 +92,7 @@ class Renewals:
                 pem, until = office.certificate_for(device)
             except PeerError as error:
                 log.error("no certificate for %s: %s", device.name, error)
-        configured = Configured(
-            device=device.name,
-            certificate_pem=pem,
-            certified_until=until if pem else said.certified_until,
-            issued_at=office.clock(),
-            fleet_epoch=keys.fleet_epoch,
-            fleet_key=keys.fleet_key,
-        )
+        configured = office.configured(device, pem, until if pem else said.certified_until)
         return enrolment.welcome(
             contact,
             configured,

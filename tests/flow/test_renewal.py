@@ -160,15 +160,25 @@ def test_a_server_killed_in_a_round_goes_on_under_its_key_though_another_came(wo
     assert world.ledger.fleet_key == world.ledger.keys.fleet_key
 
 
-def test_a_device_that_came_after_the_key_changed_sits_the_open_round_out(world):
+def test_a_device_that_came_after_the_key_changed_takes_part_in_the_open_round(world):
     assert world.hand("ben")
-    assert world.tell(cmd="start", target=1, quorum=1, deadline_s=1e4)["ok"]
+    assert world.tell(cmd="start", target=2, quorum=1, deadline_s=1e4)["ok"]
     world.home.next_epoch()
     pass_some_time(world, 3)
     ann = device(world)
     pass_some_time(world, 5)
-    assert (ann.state, ann.identity.fleet_epoch) == (State.IDLE, 2)
-    assert ann._participant.detail == "this round is sealed under a fleet key from before our time"
+    assert ann.identity.fleet_keys.keys() == {1, 2}
+    assert world.status()["round"]["accepted"] == 1
+
+
+def test_two_new_keys_while_the_fleet_asks_for_the_first_cost_no_round(world):
+    device(world)
+    world.home.next_epoch()
+    pass_some_time(world, 2)
+    assert world.tell(cmd="start", target=1)["ok"]
+    world.home.next_epoch()
+    pass_some_time(world, 10)
+    assert (world.metrics()["round"], world.metrics()["accepted"]) == (1, 1)
 
 
 def test_the_fleet_key_is_never_said_but_sealed(world):

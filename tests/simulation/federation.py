@@ -198,6 +198,8 @@ class Federation:
                 self.broker.replay()
             case "revoke" if isinstance(machine, Device) and self._can_spare(machine):
                 self.revoke(machine.name)
+            case "epoch":
+                self.server.home.renew_fleet_key(self.draw.randbytes)
             case "clock":
                 machine.wall_jump_s = self.draw.uniform(-10 * YEAR_S, 10 * YEAR_S)
 
@@ -211,6 +213,7 @@ class Federation:
         with self.server.database.database.transaction() as tx:
             tx.set_device_status(name, "revoked")
             tx.count_fleet_change()
+        self.server.home.renew_fleet_key(self.draw.randbytes)
         self.oracle.shut_out(name)
 
     def _over(self) -> bool:

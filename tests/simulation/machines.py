@@ -140,13 +140,16 @@ class Machine:
 
 @dataclass(frozen=True)
 class _Home(Home):
-    """A fleet's folder whose keys are drawn, and kept in memory."""
+    """A fleet's folder whose keys are drawn, and kept in memory: the newest is the last."""
 
-    made: ServerKeys | None = None
+    made: list[ServerKeys]
 
     def keys(self) -> ServerKeys:
-        assert self.made is not None
-        return self.made
+        return self.made[-1]
+
+    def renew_fleet_key(self, draw: Callable[[int], bytes]) -> None:
+        """What `Home.next_epoch` does, whether or not a server runs."""
+        self.made.append(self.keys().with_next_fleet_key(draw, now=0.0))
 
 
 class Server(Machine):
@@ -157,7 +160,7 @@ class Server(Machine):
     ) -> None:
         super().__init__("server", broker, weather, parts)
         self.database = SimulatedDatabase(self.draw, self.mischief.strike)
-        self.home = _Home(Path("/fleet"), keys)
+        self.home = _Home(Path("/fleet"), [keys])
         self.config = ServerConfig(
             federation=FEDERATION,
             rounds=Rounds(deadline_s=DEADLINE_S),
@@ -263,6 +266,12 @@ class Device(Machine):
 
     def _training_s(self) -> float:
         return self.draw.uniform(0.0, self.weather.training_s)
+
+    def fleet_epoch(self) -> int:
+        """The newest fleet key that this device would still have if the power went now."""
+        data = self.disk.durable(self.folder / "identity.json")
+        assert data is not None, "the identity is gone"
+        return msgspec.json.decode(data, type=Identity).fleet_epoch
 
     def remembered(self) -> Memory:
         """What this device would still know of rounds if the power went now."""

@@ -52,8 +52,11 @@ class Oracle:
         self._said: dict[str, int] = defaultdict(int)
         self._encs: dict[bytes, bytes] = {}
         self._sealed: dict[tuple[Any, ...], bytes] = {}
+        self._blobs: dict[tuple[Any, ...], set[bytes]] = defaultdict(set)
         self._promised: set[tuple[int, str, bytes]] = set()
         self.revoked: dict[str, int] = {}  # by device: the newest round that had ended by then
+        self._barred: dict[str, int] = {}  # by device: the first fleet key that it must not have
+        self._epochs_s: dict[int, float] = {}  # when a fleet key was first announced
         self.story: list[str] = []
         self.receipts = 0
 
@@ -68,7 +71,7 @@ class Oracle:
                 header = chunk_header(message.payload)
                 if header.count > 1:
                     key = (header.transfer, header.count, header.index, len(message.payload))
-                    self._once(key, message.payload)
+                    self._once_for_each_fleet_key(key, message.payload)
             case UpTopic(device=device, kind="data"):
                 header = chunk_header(message.payload)
                 key = (self._encs[header.transfer], header.index)
@@ -94,6 +97,7 @@ class Oracle:
         self._tell(f"server announces round {said.round} {said.state}, model {said.model_version}")
         demand(said.round >= self._highest, f"round {said.round} after round {self._highest}")
         self._highest = said.round
+        self._epochs_s.setdefault(said.fleet_epoch, self._server.broker.now_s)
         if said.state == "closed":
             self._ended.add(said.round)
             return
@@ -116,6 +120,12 @@ class Oracle:
     def _once(self, key: tuple[Any, ...], sealed: bytes) -> None:
         """One key and nonce, one ciphertext."""
         demand(self._sealed.setdefault(key, sealed) == sealed, "a nonce was used twice")
+
+    def _once_for_each_fleet_key(self, key: tuple[Any, ...], sealed: bytes) -> None:
+        """The same content is one ciphertext under each fleet key there was."""
+        found = self._blobs[key]
+        found.add(sealed)
+        demand(len(found) <= len(self._server.home.made), "a nonce was used twice")
 
     def _tell(self, what: str) -> None:
         self.story.append(f"{self._server.broker.now_s:8.2f}  {what}")
@@ -142,6 +152,7 @@ class Oracle:
         """From now on no model may hold anything of this device."""
         with self._server.database.database.reading() as tx:
             this, highest = tx.current_round(), tx.highest_round()
+        self._barred.setdefault(device, self._server.home.keys().fleet_epoch)
         self.revoked.setdefault(device, highest if this is None else this.number - 1)
 
     def _is_shut_out(self, device: str, number: int) -> bool:
@@ -171,12 +182,26 @@ class Oracle:
             raise ViolationError(f"{device} has a receipt for {upload.hex()} in round {number}; "
                             "the server has not")  # fmt: skip
         self._follow(rounds, receipts, models)
+        self._check_fleet_keys()
+        demand(all(r.fleet_key is None for r in rounds), "a round's fleet key outlived it")
         spool = self._server.disk.names(self._server.home.state / "spool")
         demand(not spool, f"the spool still holds {spool}")
         for this in rounds:
             spared = self._opened_s.get(this.number, 0.0) > self._server.weather.until_s + 20.0
             demand(not spared or this.status == "closed", f"round {this.number} was spared all "
                    "faults, and abandoned all the same")  # fmt: skip
+
+    def _check_fleet_keys(self) -> None:
+        """Everybody has the newest one that was announced a while ago; who was revoked has none
+        that is newer than that."""
+        newest = max(self._epochs_s, default=0)
+        said_s = max(self._epochs_s.get(newest, 0.0), self._server.weather.until_s)
+        for name, device in self._devices.items():
+            has = device.fleet_epoch()
+            if name in self._barred:
+                demand(has < self._barred[name], f"{name} was revoked, and has fleet key {has}")
+            elif self._server.broker.now_s > said_s + 60.0:
+                demand(has >= newest, f"{name} never got fleet key {newest}")
 
     def _follow(self, rounds: list[Round], receipts: Any, models: dict[int, Model]) -> None:
         _, model = decode_task(TASK)

@@ -132,6 +132,7 @@ _EVENTS = {
     "rewind": 0.15,
     "corrupt": 0.4,
     "revoke": 0.1,
+    "epoch": 0.25,
 }
 
 

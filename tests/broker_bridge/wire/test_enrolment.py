@@ -14,7 +14,14 @@ from broker_bridge.errors import PeerError
 from broker_bridge.wire import enrolment, messages
 from broker_bridge.wire.enrolment import Bundle, Contact
 from broker_bridge.wire.envelope import KemKey, SignKey, exchange_to, seal_message
-from broker_bridge.wire.messages import Configured, Enrol, EnrolSecret, ServerIdentity, Welcome
+from broker_bridge.wire.messages import (
+    Configured,
+    Enrol,
+    EnrolSecret,
+    FleetKey,
+    ServerIdentity,
+    Welcome,
+)
 
 VECTORS = json.loads((Path(__file__).parents[2] / "vectors" / "enrolment-v1.json").read_text())
 
@@ -25,7 +32,7 @@ TLS_PUBLIC = bytes([9] * 32)
 ANNA = Contact("demo", "anna", token=bytes([10] * 32))
 CONFIGURED = Configured(
     device="anna", certificate_pem="PEM", certified_until=2, issued_at=1.5, fleet_epoch=1,
-    fleet_key=bytes([11] * 32),
+    fleet_key=bytes([11] * 32), former=FleetKey(epoch=0, key=bytes([12] * 32)),
 )  # fmt: skip
 IDENTITY = ServerIdentity(
     federation="demo", sequence=3, sign_public=SERVER_SIGN.public, kem_public=SERVER.public,

@@ -25,6 +25,7 @@ from broker_bridge.wire.messages import (
     Configured,
     Enrol,
     EnrolSecret,
+    FleetKey,
     Go,
     Init,
     Join,
@@ -82,8 +83,9 @@ BINARY: list[msgspec.Struct] = [
     Welcome(enc=A, sealed=b"sealed"),
     Configured(
         device="anna", certificate_pem="PEM", certified_until=2, issued_at=1.5, fleet_epoch=1,
-        fleet_key=C,
+        fleet_key=C, former=FleetKey(epoch=0, key=A),
     ),
+    FleetKey(epoch=0, key=A),
     NEW_KEYS,
     Renew(nonce=A[:16], fleet_epoch=1, certified_until=2, software="midge 0.1.0", keys=NEW_KEYS),
     Renewal(sign_public=A, certified_until=2, keys=True, spread_s=1.5),
