@@ -12,14 +12,8 @@ import pytest
 
 from broker_bridge.wire import weights as wire
 from server.tasks.checks import Result
-from server.tasks.exporter import export
-from server.tasks.options import TaskOptions
 from tests.pi.comparing import Job, job, train
 from tests.pi.machine import BOOKWORM, TRIXIE, Kind, here, prepare
-from tests.server.tasks.catalogue import groups, side_by_side
-from tests.server.tasks.compare import classifier
-from tests.server.tasks.test_objectives import LOSSES, small
-from tests.server.tasks.test_optimisers import OPTIMISERS, network
 
 pytestmark = pytest.mark.pi
 
@@ -27,10 +21,15 @@ pytestmark = pytest.mark.pi
 # wrong kernel is off by 1e-2 and more.
 TOLERANCE = 1e-5
 STEPS = 4
-OPTIONS = TaskOptions(name="pi", batch_size=4, evaluation_batch_size=4)
 
 
 def models() -> dict[str, Any]:
+    # Not above: TensorFlow is slow to import, and these tests are seldom run.
+    from tests.server.tasks.catalogue import groups, side_by_side
+    from tests.server.tasks.compare import classifier
+    from tests.server.tasks.test_objectives import LOSSES, small
+    from tests.server.tasks.test_optimisers import OPTIMISERS, network
+
     found = {}
     for kind, names in groups():
         inputs, outputs, _ = side_by_side(kind, names)
@@ -43,9 +42,13 @@ def models() -> dict[str, Any]:
 
 @cache
 def jobs() -> dict[str, Job]:
+    from server.tasks.exporter import export
+    from server.tasks.options import TaskOptions
+
+    options = TaskOptions(name="pi", batch_size=4, evaluation_batch_size=4)
     found = {}
     for name, model in models().items():
-        built = export(model, OPTIONS)
+        built = export(model, options)
         found[name] = job(built.plan, wire.decode(built.weights), steps=STEPS)
     return found
 
