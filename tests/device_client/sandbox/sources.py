@@ -33,6 +33,10 @@ def greedy(megabytes):
     return samples()
 
 
+def slow():
+    time.sleep(600)
+
+
 def environment(name):
     if name not in os.environ:
         raise ValueError(f"{name} is not set")

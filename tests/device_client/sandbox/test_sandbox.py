@@ -18,6 +18,7 @@ from broker_bridge.task.runtime import TaskRuntime
 from broker_bridge.task.taskfile import Plan, Training, decode_task
 from device_client.data import load_samples
 from device_client.sandbox.process import COMMAND
+from device_client.sample_store import SampleStore
 from device_client.sandbox.trainer import Sandbox, SandboxSettings
 from device_client.trainer import Trainer
 from tests.fleets import ROOT, TASK, wait_until
@@ -186,6 +187,23 @@ def test_a_process_may_be_started_before_the_model_is_here(boxes):
     assert trainer.pid == pid
 
 
+def test_a_round_begins_with_samples_that_are_not_old(tmp_path):
+    """A sensor goes on while rounds do: each new process sees what it recorded meanwhile."""
+    path = tmp_path / "samples.db"
+    box = Sandbox(SandboxSettings(f"store:{path}", fresh_s=0.0))
+    with SampleStore(path, shapes=[(50, 6)]) as store:
+        try:
+            counts = []
+            for _ in range(2):
+                for _ in range(40):
+                    store.append([np.ones((50, 6))], 1)
+                trainer = box.load(PLAN) if not counts else trainer
+                counts.append(trainer.train(WEIGHTS, ONCE, seed=1).examples)
+        finally:
+            box.close()
+    assert counts == [40, 80]
+
+
 def test_another_task_ends_the_process_of_the_one_before(boxes):
     box = boxes()
     first = box.load(PLAN).pid
@@ -262,6 +280,19 @@ def test_a_process_that_hangs_does_not_hold_up_whoever_stops_it(boxes):
     assert found == [None]
     assert not is_there(pid)
     assert trainer.train(WEIGHTS, ONCE, seed=1).steps == 4
+
+
+def test_whoever_waits_for_slow_samples_says_that_it_is_alive_and_may_give_up(boxes):
+    box, asked = boxes("slow"), []
+
+    def while_waiting():
+        asked.append(True)
+        return len(asked) == 3
+
+    box.while_waiting = while_waiting
+    with pytest.raises(LocalError, match="the device is stopping"):
+        box.load(PLAN)
+    assert len(asked) == 3
 
 
 def test_an_evaluation_stops_between_batches(boxes):
