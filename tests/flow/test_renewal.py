@@ -19,7 +19,6 @@ from broker_bridge.wire.renewal import NONCE_BYTES, offer_keys
 from device_client import identity as identities
 from device_client.agent import Agent
 from device_client.journal import Journal
-from device_client.participant import State
 from server.fleet.authority import CLIENT_DAYS, read_certificate
 from tests.fleets import FEDERATION, TOPICS, World
 from tests.fuzz.hearing import AtOnce
