@@ -209,6 +209,7 @@ class Workbench:
 
     def expect_model(self) -> None:
         """A model is on its way: what it will be trained in may get ready meanwhile."""
+        self._end_personalising()
         if isinstance(self._trainer, Apart):
             with contextlib.suppress(LocalError):  # said when it is to train
                 self._trainer.warm()

@@ -53,6 +53,7 @@ class SandboxSettings:
     memory_bytes: int = 0
     stall_s: float = 300.0  # a process that is silent for so long is ended
     idle_s: float = 180.0  # one that has no work for so long ends itself
+    fresh_s: float = 600.0  # a round begins with samples that were fetched no longer ago
     stop_grace_s: float = 10.0  # how long a step may still take when it is to stop
     command: Sequence[str] = COMMAND
 
@@ -140,6 +141,7 @@ class SandboxedTrainer:
         self._lock = threading.Lock()  # guards the next two: a start may come from two threads
         self._process: Process | None = None
         self._is_open = False
+        self._started_s = 0.0
 
     def __len__(self) -> int:
         """How many samples there were when they were last fetched."""
@@ -154,7 +156,18 @@ class SandboxedTrainer:
         return process.pid if process is not None and process.is_running else None
 
     def warm(self) -> None:
-        """Start a process, unless there is one, and do not wait for it. Raises LocalError."""
+        """Get ready for a round, and do not wait for it. Raises LocalError.
+
+        A process whose samples are old makes room for another: a sensor has gone on meanwhile.
+        """
+        with self._lock:
+            is_old = time.monotonic() - self._started_s >= self._settings.fresh_s
+            if self._process is not None and is_old:
+                self._process.end()
+        self._start()
+
+    def _start(self) -> None:
+        """Start a process, unless there is one."""
         with self._lock:
             if self._process is not None and self._process.is_running:
                 return
@@ -163,10 +176,11 @@ class SandboxedTrainer:
                 self._process.end()
             header = msgspec.json.encode(self.plan.task)
             self._process, self._is_open = _start(self._settings, header), False
+            self._started_s = time.monotonic()
 
     def open(self, while_waiting: Callable[[], bool] | None = None) -> Process:
         """Return a process that has samples and plan. Raises LocalError."""
-        self.warm()
+        self._start()
         process = self._process
         assert process is not None  # noqa: S101 - warm made it
         if not self._is_open:
@@ -219,6 +233,8 @@ class SandboxedTrainer:
         only if the task keeps it.
         """
         wire.check(weights, self.plan.task.weights)
+        if part == "all":
+            self.warm()
         kept = b""
         if self.plan.task.keep_optimiser_state and optimiser_state:
             kept = wire.encode(optimiser_state)

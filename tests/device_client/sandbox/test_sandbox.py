@@ -17,8 +17,8 @@ from broker_bridge.errors import LocalError, PeerError
 from broker_bridge.task.runtime import TaskRuntime
 from broker_bridge.task.taskfile import Plan, Training, decode_task
 from device_client.data import load_samples
-from device_client.sandbox.process import COMMAND
 from device_client.sample_store import SampleStore
+from device_client.sandbox.process import COMMAND
 from device_client.sandbox.trainer import Sandbox, SandboxSettings
 from device_client.trainer import Trainer
 from tests.fleets import ROOT, TASK, wait_until
@@ -193,15 +193,19 @@ def test_a_round_begins_with_samples_that_are_not_old(tmp_path):
     box = Sandbox(SandboxSettings(f"store:{path}", fresh_s=0.0))
     with SampleStore(path, shapes=[(50, 6)]) as store:
         try:
-            counts = []
-            for _ in range(2):
-                for _ in range(40):
-                    store.append([np.ones((50, 6))], 1)
-                trainer = box.load(PLAN) if not counts else trainer
-                counts.append(trainer.train(WEIGHTS, ONCE, seed=1).examples)
+            record(store, 40)
+            trainer = box.load(PLAN)
+            first = trainer.train(WEIGHTS, ONCE, seed=1).examples
+            record(store, 40)
+            second = trainer.train(WEIGHTS, ONCE, seed=1).examples
         finally:
             box.close()
-    assert counts == [40, 80]
+    assert (first, second) == (40, 80)
+
+
+def record(store, count):
+    for _ in range(count):
+        store.append([np.ones((50, 6))], 1)
 
 
 def test_another_task_ends_the_process_of_the_one_before(boxes):
