@@ -31,7 +31,18 @@ from broker_bridge.task.runtime import TaskRuntime
 from broker_bridge.task.taskfile import decode_task
 from broker_bridge.wire import enrolment, messages, weights
 from broker_bridge.wire.envelope import KemKey, random_bytes, sha256, verify
-from broker_bridge.wire.messages import Ack, Announcement, Busy, Go, Init, Join, Need
+from broker_bridge.wire.messages import (
+    Ack,
+    Announcement,
+    Busy,
+    Go,
+    Init,
+    Join,
+    Need,
+    Refused,
+    Renewal,
+    Welcome,
+)
 from broker_bridge.wire.topics import DownTopic, Topics
 from broker_bridge.wire.update import Binding, SealedUpdate, seal_update
 from device_client import identity as identities
@@ -265,6 +276,9 @@ class World:
         self.ledger.close()
 
 
+_HEARD = {"go": Go | Busy, "need": Need, "ack": Ack, "cfg": Welcome | Refused | Renewal}
+
+
 class Hand:
     """A device whose every message a test writes itself, with real keys and the real wire code."""
 
@@ -299,7 +313,7 @@ class Hand:
             self.link.ack(event)
             place = TOPICS.parse(event.topic)
             if isinstance(place, DownTopic):
-                types = {"go": Go | Busy, "need": Need, "ack": Ack}[place.kind]
+                types = _HEARD[place.kind]
                 new.append(
                     messages.opened(
                         self.identity.server_sign,

@@ -116,6 +116,16 @@ def test_the_fleet_asks_for_a_new_key_before_the_next_round_and_spread(world):
     assert world.agents[0].identity.fleet_epoch == 2
 
 
+def test_the_larger_the_fleet_the_longer_it_takes_to_ask(world):
+    device(world)
+    trains_a_round(world)
+    world.ledger.announcer._online = 1000
+    world.home.next_epoch()
+    world.pass_time(1.0)
+    assert world.announcement().jitter_s == 5.0
+    assert world.announcement().fleet_epoch == 2
+
+
 def test_an_open_round_goes_on_under_the_key_it_began_with(world):
     ann = device(world)
     late = world.hand("ben")

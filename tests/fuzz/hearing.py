@@ -156,6 +156,7 @@ def device_seeds() -> list[bytes]:
     resend = messages.encode(
         messages.Ack(round=0, upload=TRANSFER, status="resend", retry_after_s=1.0)
     )
+    renewal = messages.encode(messages.Renewal(sign_public=bytes(32), certified_until=0, keys=True))
     return [bytes([HEARD.index(kind)]) + each for kind, each in said.items()] + [
-        b"\x01" + busy, b"\x03" + resend,
+        b"\x01" + busy, b"\x03" + resend, b"\x04" + renewal,
     ]  # fmt: skip

@@ -60,7 +60,7 @@ def ctl_seeds() -> list[bytes]:
     ]  # fmt: skip
 
 
-SAYINGS = ("state", "enrol", "join", "init", "data", "need", "report", "stranger")
+SAYINGS = ("state", "enrol", "join", "init", "data", "need", "report", "stranger", "renew")
 
 
 ROUND_LASTS = 100  # inputs; a member has only so many attempts in one round
@@ -136,7 +136,7 @@ def service(data: bytes) -> None:
     kind, raw = SAYINGS[mode % len(SAYINGS)], mode >= len(SAYINGS)
     insider = _insider()
     insider.refresh()
-    if kind in ("join", "init", "need", "report") and not raw:
+    if kind in ("join", "init", "need", "report", "renew") and not raw:
         rest = insider.fitted(kind, rest)
         rest = insider.hand.identity.keys.sign.sign(f"{kind} demo/ward-1", rest)
     if kind == "data" and not raw:
@@ -168,5 +168,9 @@ def service_seeds() -> list[bytes]:
         ),
         "enrol": enrol_seeds()[0][1:],
         "stranger": b"x",
+        # Without keys: with them, no later input would be signed by keys that hold.
+        "renew": messages.encode(
+            messages.Renew(nonce=bytes(16), fleet_epoch=0, certified_until=0, software="fuzz")
+        ),
     }  # fmt: skip
     return [bytes([SAYINGS.index(kind)]) + data for kind, data in said.items()]

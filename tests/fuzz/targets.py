@@ -18,6 +18,7 @@ ALL = [
     Target("chunks", wire.chunks, wire.chunk_seeds),
     Target("update", wire.update, wire.update_seeds),
     Target("enrolment", wire.enrol, wire.enrol_seeds),
+    Target("renewal", wire.renew, wire.renew_seeds),
     Target("weights", contents.decode_weights, contents.weight_seeds),
     Target("task", contents.task, contents.task_seeds, base_bytes=2 * MIB),
     Target("bundle", files.bundle, lambda: [files.bundle_seed()]),

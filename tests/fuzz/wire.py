@@ -20,8 +20,9 @@ from broker_bridge.wire.chunks import (
     open_chunk,
     tags_digest,
 )
-from broker_bridge.wire.envelope import ChunkKey, KemKey, exchange_to, seal_message
-from broker_bridge.wire.messages import Configured, Enrol, Welcome
+from broker_bridge.wire.envelope import ChunkKey, KemKey, SignKey, exchange_to, seal_message
+from broker_bridge.wire.messages import Configured, Enrol, Renew, ServerIdentity, Welcome
+from broker_bridge.wire.renewal import NONCE_BYTES, accept_keys, offer_keys
 from broker_bridge.wire.topics import DeviceState, DownTopic, UpTopic, is_name
 from broker_bridge.wire.update import Binding, open_update, seal_update, update_key
 from server.aggregation.bounds import check_update
@@ -43,6 +44,8 @@ __all__ = [
     "messages_binary",
     "messages_json",
     "numbered",
+    "renew",
+    "renew_seeds",
     "signed",
     "signed_seeds",
     "topic_seeds",
@@ -250,6 +253,41 @@ def enrol_seeds() -> list[bytes]:
     )  # fmt: skip
     said = (asked, secret, answer, configured)
     return [bytes([mode]) + messages.encode(each) for mode, each in enumerate(said)]
+
+
+def renew(data: bytes) -> None:
+    """Bytes on `renew` and `identity`: raw, and signed by who may; new keys of any bytes."""
+    mode, rest = split(data, 4)
+    if mode == 0:
+        said = messages.opened(SIGN.public, "renew", CONTACT.scope, rest, Renew)
+        assert len(said.nonce) == NONCE_BYTES
+    elif mode == 1:
+        signed = SIGN.sign(f"renew {CONTACT.scope}", rest)
+        said = messages.opened(SIGN.public, "renew", CONTACT.scope, signed, Renew)
+        if said.keys is not None:
+            accept_keys(CONTACT.scope, said.keys)
+    elif mode == 2:
+        enrolment.server_identity(SIGN.public, "demo", rest)
+    else:
+        signed = SIGN.sign("server-identity demo", rest)
+        assert enrolment.server_identity(SIGN.public, "demo", signed).federation == "demo"
+
+
+def renew_seeds() -> list[bytes]:
+    tls = SignKey.from_seed(key(12))
+    offer = offer_keys(CONTACT.scope, sign=SIGN, kem_public=DEVICE_KEM.public, tls=tls)
+    said = Renew(
+        nonce=key(13)[:NONCE_BYTES], fleet_epoch=1, certified_until=2, software="fuzz", keys=offer
+    )
+    server = ServerIdentity(
+        federation="demo", sequence=1, sign_public=key(14), kem_public=key(15), issued_at=1.0
+    )
+    return [
+        b"\x00" + messages.signed(SIGN, "renew", CONTACT.scope, said),
+        b"\x01" + messages.encode(said),
+        b"\x02" + enrolment.sign_server_identity(SIGN, server),
+        b"\x03" + messages.encode(server),
+    ]
 
 
 def numbered(kinds: list[Any], encode: Callable[[Any], bytes]) -> Callable[[], list[bytes]]:
