@@ -10,6 +10,7 @@ import queue
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Literal
 
 from broker_bridge.disk import DiskFullError
@@ -387,9 +388,13 @@ class Service:
         return [ev.Chunk(upload, missing)]
 
     def _signed(self, device: str, kind: str, payload: bytes) -> list[ev.Event]:
-        row = self._device(device)
+        row = self._row(device)
         scope = f"{self._coordinator.federation}/{device}"
         said = messages.opened(row.sign_public, kind, scope, payload, _UP[kind])
+        if row.status != "enrolled" and isinstance(said, Join):  # or it would ask again and again
+            reason = f"the device {device!r} is {row.status}"
+            self._send(device, Busy(round=said.round, retry_after_s=-1, reason=reason))
+        _check_member(row)
         match said:
             case Join():
                 return [ev.Joined(device, said, self._upload_ids(device))]
@@ -405,23 +410,26 @@ class Service:
         return self._ledger.upload_ids(device) if self._ledger.has_open_round else ()
 
     def _device(self, name: str) -> rows.Device:
-        """An enrolled device. What was read a moment ago is not read again for each message."""
+        """An enrolled device."""
+        device = self._row(name)
+        _check_member(device)
+        return device
+
+    def _row(self, name: str) -> rows.Device:
+        """Whoever has this name. What was read a moment ago is not read again for each message."""
         now = self._clock()
         device, until_s = self._known.get(name, (None, 0.0))
         if now >= until_s:
             with self._ledger.db.reading() as tx:
                 device = tx.device(name)
+            if device is not None and self._roster.shuts_out(name, (device.sign_public,)):
+                device = replace(device, status="revoked")  # whatever the database says
             if len(self._known) >= _DEVICES_KNOWN_MAX:
                 self._known.clear()
             if device is not None:  # nor can strangers fill it with names
                 self._known[name] = device, now + _DEVICE_KNOWN_S
         if device is None:
             raise PeerError("unknown_device", f"no device {name!r} is enrolled")
-        if now >= until_s and self._roster.shuts_out(name, (device.sign_public,)):
-            self._known.pop(name, None)
-            raise PeerError("revoked_device", f"the device {name!r} was revoked")
-        if device.status != "enrolled":
-            raise PeerError("revoked_device", f"the device {name!r} is {device.status}")
         return device
 
     def _presence(self, device: str, payload: bytes) -> list[ev.Event]:
@@ -678,6 +686,11 @@ class Service:
             server_evaluates=self._evaluator is not None,
         )  # fmt: skip
         self._handle(self._carry_out(effects))
+
+
+def _check_member(device: rows.Device) -> None:
+    if device.status != "enrolled":
+        raise PeerError("revoked_device", f"the device {device.name!r} is {device.status}")
 
 
 def _how_to_command(error: PeerError) -> str:

@@ -274,7 +274,7 @@ def device_rotate(name: str, folder: Path, as_json: bool) -> None:
     """
     with _fleet(folder) as (_, db), db.transaction() as tx:
         row = find(tx, name)
-        if row.status != "enrolled":
+        if row.status not in ("enrolled", "suspended"):
             raise LocalError(f"the device {name!r} is {row.status}; only an enrolled one rotates")
         tx.set_device_wanted(name, "rotate")
         tx.count_fleet_change()

@@ -1,5 +1,6 @@
 """`midge keys`: what keys there are and how old, and new ones for the server."""
 
+import contextlib
 import json
 import time
 from datetime import UTC, datetime
@@ -11,9 +12,10 @@ from broker_bridge.link.inspection import DAYS_WARNING
 from broker_bridge.wire.envelope import fingerprint
 from server import screen
 from server.commands.options import DIR, JSON
-from server.fleet import rotation
+from server.fleet import broker_watch, expulsion, rotation
 from server.fleet.authority import CertificateFacts
 from server.fleet.home import Home
+from server.store.database import Database
 
 __all__ = ["keys"]
 
@@ -106,6 +108,29 @@ def renew_certificates(folder: Path, as_json: bool) -> None:
     for each in found:
         click.echo(f"{each['certificate']}: until {str(each['ends'])[:10]}")
     click.echo("restart the broker and the server: they read their certificates when they start")
+
+
+@keys.command("replace-operator")
+@DIR
+@JSON
+def replace_operator(folder: Path, as_json: bool) -> None:
+    """Give the operator a new certificate, and have the broker turn the old one away.
+
+    \b
+    Example:
+      midge keys replace-operator --dir fleet
+    """
+    home = Home.find(folder)
+    with contextlib.closing(Database(home.database)) as db:
+        roster = expulsion.replace_operator(home, db, now=datetime.now(UTC))
+    told = broker_watch.has_heard(home, roster.epoch)
+    todo = "" if told else broker_watch.by_hand(home, restart=True)
+    if as_json:
+        click.echo(json.dumps({"broker_told": told, "broker_run": todo}))
+        return
+    click.echo(f"made a new certificate in {home.folder / 'operator'}; the old one is revoked")
+    click.echo("the broker goes by it" if told else
+               f"if you run mosquitto yourself, run there: {todo}")  # fmt: skip
 
 
 def _certificate(name: str, facts: CertificateFacts, now: float) -> dict[str, object]:

@@ -11,19 +11,26 @@ of two commands at once, one waits for the other.
 import contextlib
 import fcntl
 from collections.abc import Iterator
+from datetime import datetime
 from typing import Literal
 
 from broker_bridge.disk import disk_errors, owner_only, write_atomic
 from broker_bridge.errors import LocalError
 from broker_bridge.link.broker_config import ACL_FILE, REVOKED_FILE
 from broker_bridge.link.local_broker import shipped_file
+from server.fleet.authority import (
+    OPERATOR_NAME,
+    read_certificate,
+    write_private,
+    write_public,
+)
 from server.fleet.home import Home
 from server.fleet.roster import Expelled, Roster
 from server.store.database import Database
 from server.store.rows import Device
 from server.store.transaction import Transaction
 
-__all__ = ["complete", "expel", "free_name", "keep_broker_files"]
+__all__ = ["complete", "expel", "free_name", "keep_broker_files", "replace_operator"]
 
 _ROSTER_EPOCH = "roster_epoch"  # in the database: the newest roster that it has heard of
 Gone = Literal["revoked", "removed"]
@@ -61,6 +68,26 @@ def free_name(home: Home, db: Database, name: str) -> Roster:
         if roster is not before:
             home.set_roster(roster)
             _complete(home, db, roster, {})
+    return roster
+
+
+def replace_operator(home: Home, db: Database, *, now: datetime) -> Roster:
+    """Give the operator a new key and certificate, and have the broker turn the old one away.
+
+    The old certificate is named before it is replaced: of a command that was killed between
+    the two, the next one finishes the rest, and no certificate is forgotten.
+    """
+    with locked(home):
+        folder = home.folder / "operator"
+        with disk_errors(folder):
+            old = (folder / "client.pem").read_bytes()
+        serial = f"{read_certificate(old).serial:x}"
+        roster = home.roster().turning_away(OPERATOR_NAME, serial, at=now.timestamp())
+        home.set_roster(roster)
+        issued = home.authority().issue_for_operator(now=now)
+        write_private(folder / "client-key.pem", issued.key)
+        write_public(folder / "client.pem", issued.certificate)
+        _complete(home, db, roster, {})
     return roster
 
 

@@ -83,6 +83,15 @@ class Roster(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
             closed=tuple(sorted({*self.closed, who.device})),
         )
 
+    def turning_away(self, name: str, serial: str, *, at: float) -> "Roster":
+        """This roster with one more certificate, of a name that goes on with another one."""
+        if serial in self.serials:
+            return self
+        who = Expelled(device=name, keys=(), serials=(serial,), at=at)
+        return msgspec.structs.replace(
+            self, epoch=self.epoch + 1, cuts=self.cuts + 1, expelled=(*self.expelled, who)
+        )
+
     def opening(self, name: str) -> "Roster":
         """This roster with the name free for another device.
 

@@ -13,10 +13,11 @@ from broker_bridge.wire import enrolment, messages
 from broker_bridge.wire.envelope import KemKey, random_bytes
 from device_client import identity as identities
 from server.fleet import expulsion
+from server.fleet.authority import read_certificate
 from server.fleet.enrolment import Registrar
 from server.fleet.home import Home
 from server.store.database import Database
-from tests.fleets import FEDERATION, Fleet, enrol_by_hand, is_refusal
+from tests.fleets import FEDERATION, TOPICS, Fleet, enrol_by_hand, is_refusal
 
 
 @pytest.fixture
@@ -260,6 +261,22 @@ def test_a_board_is_replaced_by_another_of_the_same_name(fleet):
     assert row(fleet, "ann").status == "removed"
     fresh = identities.read_bundle(fleet.home.bundle("ann"))
     assert fresh.bootstrap_certificate_pem not in fleet.home.roster().serials
+
+
+def test_an_operator_who_left_is_turned_away_and_the_next_one_is_not(fleet):
+    folder = fleet.home.folder / "operator"
+    before = read_certificate((folder / "client.pem").read_bytes())
+    done = fleet.midge("keys", "replace-operator", "--json")
+    assert done.returncode == 0, done.stderr
+    assert "systemctl restart" in json.loads(done.stdout)["broker_run"]
+    after = read_certificate((folder / "client.pem").read_bytes())
+    assert fleet.home.roster().serials == (f"{before.serial:x}",)
+    assert (after.name, after.serial != before.serial) == (before.name, True)
+    assert fleet.home.keys().fleet_epoch == 1  # he never had the fleet key by it
+    fleet.broker.start()
+    assert fleet.listen(TOPICS.srv) is not None
+    assert fleet.midge("keys", "replace-operator").returncode == 0
+    assert len(fleet.home.roster().serials) == 2
 
 
 def test_an_older_database_does_not_readmit_anybody(fleet):

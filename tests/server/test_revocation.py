@@ -3,8 +3,10 @@
 import pytest
 
 from broker_bridge.errors import LocalError
-from broker_bridge.wire.messages import Busy, Go
+from broker_bridge.wire import messages
+from broker_bridge.wire.messages import Busy, Go, NeedBlob, Refused, Renew, Report, Welcome
 from server.fleet.expulsion import expel
+from server.fleet.renewal import Renewals
 from server.store.database import Database
 from tests.fleets import TOPICS
 
@@ -153,14 +155,28 @@ def test_an_update_that_cannot_be_read_any_more_is_left_out_all_the_same(three, 
 def test_a_revoked_device_is_refused_whatever_it_says(three):
     world, hands = three()
     eve = hands["eve"]
+    init, sealed = eve.seal(eve.go(), eve.delta())
     revoke(world, "eve")
     world.pass_time(1.1)
-    assert [type(m) for m in eve.join()] == []
+    (answer,) = eve.join()
+    assert (type(answer), answer.retry_after_s) == (Busy, -1)
+    assert "is revoked" in answer.reason
+    report = Report(round=1, model_version=1, examples=1, metrics={})
+    need = NeedBlob(kind="model", digest=world.announcement().model.digest)
+    for kind, message in (("init", init), ("report", report), ("need", need)):
+        assert eve.say(kind, eve.sign(kind, message)) == []
+    assert eve.send(sealed) == []
     eve.show("ready")
     world.settle()
-    assert world.rejected()["revoked_device"] >= 2
+    assert world.rejected()["revoked_device"] == 5
     assert not world.coordinator.knows("eve")
-    assert world.broker.retained.get(TOPICS.state("eve")) is not None  # as it says so again
+    renew = Renew(nonce=b"n" * 16, fleet_epoch=1, certified_until=0, software="test")
+    signed = Renewals(world.service._registrar).answer(
+        "eve", eve.sign("renew", renew), has_upload=False
+    )
+    server = world.ledger.keys.sign.public
+    said = messages.opened(server, "cfg", eve.identity.scope, signed, Welcome | Refused)
+    assert "was revoked" in said.reason
 
 
 def test_a_revoked_devices_last_word_is_wiped_from_the_broker(three):
@@ -198,7 +214,7 @@ def test_a_database_from_before_does_not_let_it_in_again(three):
     world.start_server()
     with world.ledger.db.reading() as tx:
         assert tx.device("eve").status == "enrolled"  # nothing has asked the roster but the loop
-    assert hands["eve"].join() == []
+    assert isinstance(hands["eve"].join()[-1], Busy)
     assert world.rejected()["revoked_device"] >= 1
     assert isinstance(hands["ann"].join()[-1], Go)
 
@@ -221,7 +237,8 @@ def set_status(world, name, status):
 def test_a_suspended_device_is_kept_out_until_it_may_come_back(three):
     world, hands = three("eve")
     set_status(world, "ben", "suspended")
-    assert hands["ben"].join() == []
+    (answer,) = hands["ben"].join()
+    assert (answer.retry_after_s, "is suspended" in answer.reason) == (-1, True)
     assert receipts(world) == {"eve": "accepted"}
     assert world.status()["devices"]["online"] == 2
     set_status(world, "ben", "enrolled")
