@@ -115,6 +115,8 @@ def inspect(
         raise LocalError("say with --dir which fleet that device is in")
     plan, weights = read_task(file)
     facts = _facts(plan.task)
+    # First: whether there is such a fleet is known at once.
+    devices = None if folder is None else field.read_devices(folder, device=device)
     if measure:
         facts["measured on this machine"] = {}
         for name in checks.installed_runtimes():
@@ -127,13 +129,10 @@ def inspect(
                 "step_ms": round(statistics.median(result.step_ms), 3),
                 "peak_mb": round(result.peak_mb, 1),
             }
-    if folder is None:
-        _show(facts, as_json=as_json)
-        return
-    devices = field.read_devices(folder, device=device)
-    facts["measured on devices"] = field.figures(devices, plan)
+    if devices is not None:
+        facts["measured on devices"] = field.figures(devices, plan)
     _show(facts, as_json=as_json)
-    if not as_json and not facts["measured on devices"]:
+    if devices is not None and not as_json and not facts["measured on devices"]:
         click.echo(f"    {field.why_none(devices, plan)}")
 
 
