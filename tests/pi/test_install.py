@@ -48,6 +48,7 @@ class Board:
         (self.root / "usr/bin/awk").symlink_to("mawk")
         (self.root / "etc/passwd").write_text("root:x:0:0:root:/root:/bin/sh\n")
         (self.root / "etc/group").write_text("root:x:0:\n")
+        (self.root / "etc/hosts").write_text("127.0.0.1 localhost\n")
         for name in ("proc", "dev", "tmp", "mnt", "root"):
             (self.root / name).mkdir(exist_ok=True)
         self.log = folder / "board.log"

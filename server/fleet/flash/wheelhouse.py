@@ -5,6 +5,8 @@ cache it needs no network. midge's own wheel is made here from what is installed
 rooms that a device has, without the server and without TensorFlow.
 """
 
+import contextlib
+import fcntl
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -15,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from broker_bridge.disk import disk_errors, write_atomic
@@ -43,7 +46,9 @@ def fetch(target: Target, cache: Path) -> dict[str, bytes]:
     folder = cache / target.name
     found = _cached(target, folder)
     if found is None:
-        _download(target, folder)
+        with _alone(folder):
+            if _cached(target, folder) is None:  # another process may have been faster
+                _download(target, folder)
         found = _cached(target, folder)
     if found is None:
         raise LocalError(
@@ -51,6 +56,16 @@ def fetch(target: Target, cache: Path) -> dict[str, bytes]:
             "trust none of them, and see which package index pip uses"
         )
     return found
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One process at a time fetches into a folder; another waits until it is done."""
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "lock").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
 
 
 def _cached(target: Target, folder: Path) -> dict[str, bytes] | None:
@@ -84,8 +99,6 @@ def _normal(name: str) -> str:
 
 def _download(target: Target, folder: Path) -> None:
     """Have pip fetch the wheels and check their hashes, then keep them. Raises LocalError."""
-    with disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
     abi = f"cp{target.python.replace('.', '')}"
     tags = [f"manylinux_2_{minor}_{target.machine}" for minor in _GLIBC_MINORS]
     with tempfile.TemporaryDirectory() as temporary:

@@ -12,7 +12,6 @@ from server.fleet.flash.diagnosis import diagnose
 from server.fleet.flash.firstboot import Login, wifi
 from server.fleet.flash.flashing import Settings
 from server.fleet.flash.parcel import file_of_ours, parcel, settings_text
-from server.fleet.flash.targets import TARGETS
 from server.fleet.flash.wheelhouse import cache_folder
 from tests import cards
 
@@ -210,12 +209,3 @@ def test_systemd_accepts_the_units(tmp_path):
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert (done.returncode, done.stderr.replace("\n", "")) == (0, "")
-
-
-def test_every_target_is_pinned_by_hash():
-    for target in TARGETS:
-        pinned = target.pinned()
-        assert {p.name for p in pinned} >= {"click", "msgspec", "numpy", "paho-mqtt", "pynacl"}
-        assert all(p.version and p.hashes for p in pinned)
-        assert all(len(h) == 64 and set(h) <= set("0123456789abcdef") for p in pinned
-                   for h in p.hashes)  # fmt: skip
