@@ -11,6 +11,14 @@ from server.fleet.home import create
 __all__ = ["init"]
 
 
+_ROOT = """\
+{path} is the root of trust. Devices know the server by its signature alone.
+  for     new keys for the server, if these are stolen or old: midge keys rotate --root FILE
+  where   two USB sticks in two drawers; not on this machine, nor in its backups
+  stolen  whoever has it can pose as your server: make a new federation
+  lost    all goes on, but the server's keys can never be replaced"""
+
+
 @click.command()
 @click.argument("folder", type=click.Path(path_type=Path, file_okay=False))
 @click.option("--federation", default="demo", show_default=True, help="Its name, in every topic.")
@@ -30,5 +38,5 @@ def init(folder: Path, federation: str, hosts: tuple[str, ...], port: int, as_js
         click.echo(json.dumps({"folder": str(folder), "federation": federation}))
         return
     click.echo(f"made the fleet {federation!r} in {folder}")
-    click.echo(f"move {folder / 'offline' / 'root.json'} off this machine: it is the root of trust")
+    click.echo(_ROOT.format(path=folder / "offline" / "root.json"))
     click.echo(f"next: midge broker --dir {folder}")

@@ -89,6 +89,22 @@ def rotate(folder: Path, root: Path, as_json: bool) -> None:
     click.echo(f"put {root} back into its drawer, and back up {folder / 'keys'}")
 
 
+@keys.command("new-fleet-key")
+@DIR
+@JSON
+def new_fleet_key(folder: Path, as_json: bool) -> None:
+    """Make a new fleet key, as every revocation does. Members fetch it by themselves.
+
+    Tasks and models of the next round on are sealed under it; an open round keeps its own.
+
+    \b
+    Example:
+      midge keys new-fleet-key --dir fleet
+    """
+    number = Home.find(folder).next_epoch().fleet_epoch
+    click.echo(json.dumps({"number": number}) if as_json else f"the fleet has key {number}")
+
+
 @keys.command("renew-certificates")
 @DIR
 @JSON
@@ -100,7 +116,9 @@ def renew_certificates(folder: Path, as_json: bool) -> None:
       midge keys renew-certificates --dir fleet
     """
     now = time.time()
-    done = rotation.renew_certificates(Home.find(folder), now=datetime.fromtimestamp(now, UTC))
+    home, moment = Home.find(folder), datetime.fromtimestamp(now, UTC)
+    with contextlib.closing(Database(home.database)) as db:
+        done = rotation.renew_certificates(home, db, now=moment)
     found = [_certificate(name, facts, now) for name, facts in done]
     if as_json:
         click.echo(json.dumps({"certificates": found}))

@@ -81,8 +81,11 @@ def replace_operator(home: Home, db: Database, *, now: datetime) -> Roster:
         folder = home.folder / "operator"
         with disk_errors(folder):
             old = (folder / "client.pem").read_bytes()
-        serial = f"{read_certificate(old).serial:x}"
-        roster = home.roster().turning_away(OPERATOR_NAME, serial, at=now.timestamp())
+        with db.reading() as tx:  # those that were renewed are good until they end
+            serials = {each.serial for each in tx.certificates(OPERATOR_NAME)}
+        roster = home.roster()
+        for serial in sorted({*serials, f"{read_certificate(old).serial:x}"}):
+            roster = roster.turning_away(OPERATOR_NAME, serial, at=now.timestamp())
         home.set_roster(roster)
         issued = home.authority().issue_for_operator(now=now)
         write_private(folder / "client-key.pem", issued.key)

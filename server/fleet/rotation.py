@@ -14,6 +14,8 @@ from broker_bridge.wire.envelope import fingerprint, random_bytes
 from server.fleet.authority import CertificateFacts, read_certificate, write_public
 from server.fleet.home import Home
 from server.fleet.keys import ServerKeys, read_root
+from server.store.database import Database
+from server.store.rows import Certificate
 
 __all__ = ["HeldKey", "certificates", "keys_of", "renew_certificates", "rotate_identity"]
 
@@ -61,13 +63,24 @@ def rotate_identity(home: Home, root_file: Path, *, disk: Disk = REAL_DISK) -> S
     )
 
 
-def renew_certificates(home: Home, *, now: datetime) -> list[tuple[str, CertificateFacts]]:
-    """Certify broker, server and operator again, each for the key that it has."""
+def renew_certificates(
+    home: Home, db: Database, *, now: datetime
+) -> list[tuple[str, CertificateFacts]]:
+    """Certify broker, server and operator again, each for the key that it has.
+
+    The old certificates are good until they end, so they are noted first: only what is noted
+    can be revoked.
+    """
     authority = home.authority()
     renewed: list[tuple[str, CertificateFacts]] = []
-    for name, path, _ in certificates(home):
+    for name, path, old in certificates(home):
         if name == "ca":
             continue
+        noted = Certificate(
+            serial=f"{old.serial:x}", device=old.name, until=old.expires.timestamp()
+        )
+        with db.transaction() as tx:
+            tx.add_certificate(noted)
         pem = authority.renew(path.read_bytes(), now=now)
         write_public(path, pem)
         renewed.append((name, read_certificate(pem)))

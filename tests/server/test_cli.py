@@ -186,6 +186,13 @@ def _last_line(done):
 # ── Answers ─────────────────────────────────────────────────────────────────────────────
 
 
+def test_init_says_what_the_root_key_is_for_and_where_it_belongs(tmp_path):
+    said = typed(main, "init", str(tmp_path / "fleet")).stdout
+    for words in ("root.json", "midge keys rotate", "drawers", "stolen", "lost", "next:"):
+        assert words in said
+    assert (tmp_path / "fleet" / "offline" / "root.json").stat().st_mode & 0o777 == 0o600
+
+
 def test_init_makes_a_fleet_whose_settings_load(tmp_path):
     done = said("init", tmp_path / "new", "--federation", "ward", "--port", "18883", "--json")
     assert done.returncode == 0, done.stderr

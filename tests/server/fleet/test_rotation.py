@@ -1,5 +1,6 @@
 """New keys and certificates for the fleet's own machines; whole or not at all."""
 
+import contextlib
 import json
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -12,8 +13,10 @@ from broker_bridge.errors import LocalError
 from broker_bridge.wire.envelope import random_bytes
 from server.cli import main
 from server.fleet import rotation
+from server.fleet.expulsion import replace_operator
 from server.fleet.home import Home, create
 from server.fleet.keys import new_keys, read_root
+from server.store.database import Database
 from tests.fleets import is_refusal, typed
 
 NOW = datetime.now(UTC)
@@ -114,7 +117,8 @@ def test_certificates_are_renewed_for_the_keys_and_names_that_they_had(home):
     before = {name: facts for name, _, facts in rotation.certificates(home)}
     keys = {p: p.read_bytes() for p in home.folder.rglob("*-key.pem")}
     later = NOW + timedelta(days=800)
-    done = dict(rotation.renew_certificates(home, now=later))
+    with contextlib.closing(Database(home.database)) as db:
+        done = dict(rotation.renew_certificates(home, db, now=later))
     assert set(done) == {"broker", "server", "operator"}
     for name, path, facts in rotation.certificates(home):
         assert facts.name == before[name].name
@@ -124,6 +128,14 @@ def test_certificates_are_renewed_for_the_keys_and_names_that_they_had(home):
             assert facts.serial != before[name].serial
             assert home.authority().issued(path.read_bytes())
     assert {p: p.read_bytes() for p in home.folder.rglob("*-key.pem")} == keys
+
+
+def test_an_operator_is_replaced_with_all_the_certificates_that_he_had(home):
+    before = {name: facts for name, _, facts in rotation.certificates(home)}["operator"]
+    with contextlib.closing(Database(home.database)) as db:
+        between = dict(rotation.renew_certificates(home, db, now=NOW))["operator"]
+        roster = replace_operator(home, db, now=NOW)
+    assert {f"{before.serial:x}", f"{between.serial:x}"} <= set(roster.serials)
 
 
 def test_a_certificate_of_another_ca_is_not_renewed(home, tmp_path):
@@ -158,6 +170,13 @@ def test_rotate_says_the_new_number_and_fingerprint(home):
     facts = json.loads(midge(home, "keys", "show", "--json").stdout)
     assert facts["keys"][1]["fingerprint"] == json.loads(done.stdout)["fingerprint"]
     assert "drawer" in midge(home, "keys", "rotate", "--root", str(root_of(home))).stdout
+
+
+def test_a_new_fleet_key_can_be_had_by_a_command(home):
+    done = midge(home, "keys", "new-fleet-key", "--json")
+    assert json.loads(done.stdout) == {"number": 2}
+    assert home.keys().fleet_epoch == 2
+    assert "key 3" in midge(home, "keys", "new-fleet-key").stdout
 
 
 def test_renew_certificates_says_until_when(home):
