@@ -1,8 +1,13 @@
 """Fixtures for whole fleets; `tests.fleets` says what they are made of."""
 
 import pytest
+from hypothesis import settings
 
 from tests.fleets import Fleet, World
+
+# A busy machine is no fault of the code: nothing here is asserted about how long it took.
+settings.register_profile("midge", deadline=None)
+settings.load_profile("midge")
 
 
 @pytest.fixture
