@@ -51,9 +51,9 @@ __all__ = ["Service"]
 log = logging.getLogger("midge.server")
 
 _BUSY = "the server has no room for updates now"
-_COMMIT_MAX = 64  # updates that share one fsync
+_COMMIT_MAX = 256  # updates that share one fsync
 _TAKEN_MAX = 256  # messages before we look at the time again
-_DEVICE_KNOWN_S = 10.0  # how long a revoked device may still be heard
+_DEVICE_KNOWN_S = 60.0  # until a row is read again; a change of the fleet is seen in a second
 _DEVICES_KNOWN_MAX = 20_000
 _FLEET_S = 1.0  # how often to look whether a command changed who belongs to the fleet
 _REPEAT_BLOB_S = 5.0  # a blob that many devices miss is retained again once, not for each

@@ -3,7 +3,7 @@
 from dataclasses import asdict
 from typing import Any
 
-from sqlalchemy import delete, insert, select, update
+from sqlalchemy import bindparam, delete, insert, select, update
 
 from server.store import schema
 from server.store.queries import Queries
@@ -12,6 +12,9 @@ from server.store.rows import Certificate, Device, DeviceStatus, Token, Wanted
 __all__ = ["REQUESTS_KEPT_MAX", "FleetQueries"]
 
 REQUESTS_KEPT_MAX = 1000
+
+
+_DEVICE = select(schema.devices).where(schema.devices.c.name == bindparam("of"))  # made once
 
 
 class FleetQueries(Queries):
@@ -63,7 +66,7 @@ class FleetQueries(Queries):
 
     def device(self, name: str) -> Device | None:
         """The device of this name."""
-        return self._one(Device, select(schema.devices).where(schema.devices.c.name == name))
+        return self._one(Device, _DEVICE, {"of": name})
 
     def devices(
         self, *, after: str = "", limit: int = 100, status: DeviceStatus | None = None

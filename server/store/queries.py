@@ -15,8 +15,10 @@ class Queries:
     def __init__(self, connection: Connection) -> None:
         self._sql = connection
 
-    def _one(self, kind: type[_T], query: Select[Any]) -> _T | None:
-        row = self._sql.execute(query).first()
+    def _one(
+        self, kind: type[_T], query: Select[Any], given: dict[str, Any] | None = None
+    ) -> _T | None:
+        row = self._sql.execute(query, given).first()
         return None if row is None else kind(**row._mapping)
 
     def _all(self, kind: type[_T], query: Select[Any]) -> list[_T]:

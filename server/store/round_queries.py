@@ -22,6 +22,21 @@ __all__ = ["RoundQueries"]
 _FLOOR = "numbers_above"
 
 
+# What every group of updates asks for: made once, for SQLAlchemy takes longer to make a
+# statement than SQLite to carry it out.
+_ACCEPTED = select(schema.receipts.c.device).where(
+    schema.receipts.c.round == bindparam("in_round"),
+    schema.receipts.c.status == "accepted",
+    schema.receipts.c.device.in_(bindparam("names", expanding=True)),
+)
+_ADD_RECEIPT = insert(schema.receipts)
+_SEEN = (
+    update(schema.devices)
+    .where(schema.devices.c.name == bindparam("of"))
+    .values(last_seen=bindparam("at"), last_round=bindparam("in_round"))
+)
+
+
 class RoundQueries(Queries):
     """Runs, rounds, receipts, models."""
 
@@ -150,19 +165,14 @@ class RoundQueries(Queries):
         """
         if not receipts:
             return
-        c, devices = schema.receipts.c, [each.device for each in receipts]
-        query = select(c.device).where(
-            c.round == receipts[0].round, c.status == "accepted", c.device.in_(devices)
-        )
-        twice = set(self._sql.scalars(query)) or len(set(devices)) < len(devices)
+        devices = [each.device for each in receipts]
+        given = {"in_round": receipts[0].round, "names": devices}
+        twice = set(self._sql.scalars(_ACCEPTED, given)) or len(set(devices)) < len(devices)
         if twice:
             raise PeerError("already_counted", "a device already has an update in this round")
-        self._sql.execute(insert(schema.receipts), [asdict(each) for each in receipts])
-        d = schema.devices.c
-        seen = update(schema.devices).where(d.name == bindparam("of"))
+        self._sql.execute(_ADD_RECEIPT, [vars(each) for each in receipts])
         self._sql.execute(
-            seen.values(last_seen=bindparam("at"), last_round=bindparam("in_round")),
-            [{"of": each.device, "at": each.at, "in_round": each.round} for each in receipts],
+            _SEEN, [{"of": each.device, "at": each.at, "in_round": each.round} for each in receipts]
         )
 
     def receipt(self, upload: bytes) -> Receipt | None:
