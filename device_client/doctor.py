@@ -33,6 +33,11 @@ from device_client.sandbox.trainer import Sandbox, SandboxSettings
 
 __all__ = ["doctor", "examine"]
 
+_DAY_S = 86_400.0
+_REPLACE = (
+    "if it is renewed no more by itself, on the server: `midge device replace NAME`; here, in "
+    "a new folder: `midge-device enrol NAME.bundle`"
+)
 _ENROL = "on the server: `midge device add NAME`; here: `midge-device enrol NAME.bundle`"
 
 
@@ -70,7 +75,7 @@ def examine(folder: Path, now: datetime, *, data: str | None = None) -> Iterator
         identity = identities.load(folder)
     except MidgeError as error:
         broken = [Finding("enrolment", "problem", str(error), _ENROL)]
-    yield from checkup.clock(now, made=_made(identity))
+    yield from _clock(now, identity)
     yield from guarded("disk", lambda: checkup.disk(folder))
     yield from checkup.versions(runtime_needed=True)
     yield from guarded("secrets", lambda: checkup.secrets(_secrets(folder)))
@@ -89,6 +94,20 @@ def examine(folder: Path, now: datetime, *, data: str | None = None) -> Iterator
         yield from guarded("data", lambda: _data(folder, source, sandbox))
     if identity is not None:
         yield from _broker(folder, identity, settings or DeviceConfig(), now)
+
+
+def _clock(now: datetime, identity: Identity | None) -> Iterator[Finding]:
+    """A clock that is behind what the server said harms nothing here, and every log."""
+    if identity is not None and now.timestamp() < identity.floor_s - _DAY_S:
+        said = datetime.fromtimestamp(identity.floor_s, UTC)
+        yield Finding(
+            "clock",
+            "warning",
+            f"it says {now:%Y-%m-%d}, and the server spoke on {said:%Y-%m-%d}",
+            "set it, for the logs: `sudo timedatectl set-ntp true`; rounds go on all the same",
+        )
+    else:
+        yield from checkup.clock(now, made=_made(identity))
 
 
 def _made(identity: Identity | None) -> datetime | None:
@@ -195,7 +214,8 @@ def _broker(
 ) -> Iterator[Finding]:
     tls = identities.tls_files(folder, identity)
     for name, path in (("ca", tls.ca), ("device", tls.certificate or tls.ca)):
-        yield from certificate(f"cert {name}", path, now, renew=_ENROL)
+        floor = datetime.fromtimestamp(identity.floor_s, UTC)
+        yield from certificate(f"cert {name}", path, max(now, floor), renew=_REPLACE)
     broker = Broker(
         settings.broker_host or identity.broker_host,
         settings.broker_port or identity.broker_port,
