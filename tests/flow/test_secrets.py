@@ -174,6 +174,8 @@ def a_federation(folder: Path) -> Iterator[Work]:
     secrets: dict[str, bytes] = {}
     folder.chmod(0o755)
     fleet = Fleet(folder, settings='log = "debug"')
+    for task in (fleet.home.folder / "tasks").iterdir():
+        task.chmod(0o644)  # a copy of what lies in the checkout, with whatever mode that has
     fleet.broker = LocalBroker(
         fleet.home.broker, port=fleet.port, engine="mosquitto", conf_more="log_type all\n"
     )
