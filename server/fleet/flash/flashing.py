@@ -150,6 +150,9 @@ def manifest(card: Card) -> Manifest | None:
         ) from None
     # The card may come from anywhere, and these names are read, written and removed.
     paths = [name.split("/") for name in found.wrote]
+    shown = (found.device, found.system, found.token_expires, *found.wrote)
+    if not all(text.isprintable() for text in shown):
+        raise LocalError(f"{card.where}: {_MANIFEST} was not written by midge")
     if not set(found.kept) <= set(_TOUCHED) or any({"", ".."} & set(path) for path in paths):
         raise LocalError(f"{card.where}: {_MANIFEST} names files that midge never writes")
     return found
