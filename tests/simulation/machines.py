@@ -22,6 +22,7 @@ from broker_bridge.wire.messages import Presence, ServerPresence
 from broker_bridge.wire.topics import SERVER, Topics
 from device_client import identity as identities
 from device_client.agent import Agent
+from device_client.eligibility import Verdict
 from device_client.events import Memory
 from device_client.identity import Identity
 from device_client.journal import Journal
@@ -249,7 +250,8 @@ class Device(Machine):
             load=lambda _: SimulatedTrainer(self.name, self.trainings, fails=self._fails),
             draw=self.draw.random, role=self.role,
             background=LaterBackground(self.monotonic, self._training_s),
-            random=self.draw.randbytes,
+            random=self.draw.randbytes, judged=self._judged,
+            keeps_model=self.weather.seed % 2 == 0,
         )  # fmt: skip
         self.agent.begin()
 
@@ -263,6 +265,13 @@ class Device(Machine):
 
     def _fails(self) -> bool:
         return not self.mischief.is_over and self.draw.random() < self.weather.sick
+
+    def _judged(self, samples: int | None) -> list[Verdict]:
+        """In one seed of three, the owner's rules are against it now and then, for 30 s."""
+        if self.weather.seed % 3 or self.mischief.is_over:
+            return []
+        die = random.Random(f"{self.weather.seed} {self.name} {self.broker.now_s // 30}").random()
+        return [Verdict("not now", "the owner needs it", die >= 0.15, network=die < 0.05)]
 
     def _training_s(self) -> float:
         return self.draw.uniform(0.0, self.weather.training_s)
