@@ -461,11 +461,11 @@ class Program:
 class Fleet:
     """A fleet's folder, its broker, its server and its devices, on a free port."""
 
-    def __init__(self, folder: Path, *, settings: str = "") -> None:
+    def __init__(self, folder: Path, *, settings: str = "", also_at: tuple[str, ...] = ()) -> None:
         self.folder = folder
         self.port = free_port()
         self.home = create(
-            folder / "fleet", federation=FEDERATION, hosts=["localhost", "127.0.0.1"],
+            folder / "fleet", federation=FEDERATION, hosts=["localhost", "127.0.0.1", *also_at],
             port=self.port,
         )  # fmt: skip
         shutil.copy(TASK, self.home.folder / "tasks")
