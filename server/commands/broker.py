@@ -34,12 +34,18 @@ def broker(folder: Path, bind: str, port: int | None) -> None:
     chosen = port or home.config().broker.port
     heard = keep_broker_files(home)
     running = LocalBroker(home.broker, port=chosen, bind=bind, shipped_acl=False)
+    trouble = ""
     with followed(home), running:
         say_heard(home, heard)
         click.echo(f"{running.engine} listens on {bind}:{chosen}, log in {running.log_path}")
         if running.lacks:
             click.echo(running.lacks)
         while running.is_running and not stopped.wait(0.25):
-            heard = follow(home, running, heard)
+            try:
+                heard, trouble = follow(home, running, heard), ""
+            except LocalError as error:  # it goes on as it is, and says so once
+                if str(error) != trouble:
+                    click.echo(f"midge: {error}", err=True)
+                trouble = str(error)
         if not stopped.is_set():
             raise LocalError(f"the broker stopped by itself; see {running.log_path}")

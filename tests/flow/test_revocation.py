@@ -112,3 +112,12 @@ def test_a_board_that_waits_is_let_in_while_everything_runs(fleet):
     if not board.is_running:  # told to wait, it ended: a supervisor starts it again
         fleet.device("zoe", "--bundle", str(fleet.home.bundle("zoe")))
     wait_until(lambda: fleet.state_of("zoe").get("state") == "ready", "the accepted board")
+
+
+def test_a_broker_goes_on_though_the_roster_cannot_be_read(fleet):
+    path = fleet.home.folder / "keys" / "roster.json"
+    path.write_bytes(b"nonsense")
+    fleet.mosquitto.wait_for("roster.json is damaged")
+    path.unlink()
+    assert asked(fleet, "revoke", "eve")["broker_told"]
+    assert fleet.mosquitto.log.count("roster.json is damaged") == 1

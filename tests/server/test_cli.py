@@ -65,7 +65,9 @@ def test_every_command_has_help_with_an_example(path, command):
 def test_the_commands_that_were_promised_are_there():
     names = {" ".join(path) for path, _ in ALL}
     assert {
-        "init", "broker", "server", "device add", "device list", "start", "stop", "pause",
+        "init", "broker", "server", "device add", "device accept", "device list", "device show",
+        "device rotate", "device suspend", "device resume", "device revoke", "device replace",
+        "device remove", "keys replace-operator", "start", "stop", "pause",
         "resume", "status", "watch", "model list", "model export", "demo",
     } <= names  # fmt: skip
 
@@ -228,7 +230,8 @@ def test_json_is_json_for_every_command_that_offers_it(served):
     models = json.loads(served.midge("model", "list", "--json").stdout)
     assert [m["version"] for m in models][-2:] == [2, 1]
     offering = {" ".join(p) for p, c in ALL if any("--json" in o.opts for o in c.params)}
-    assert {*answers, "model list", "init", "stop", "pause", "resume", "watch", "demo"} <= offering
+    life = {name for name in map(" ".join, dict(ALL)) if name.startswith("device ")}
+    assert {*answers, *life, "model list", "init", "stop", "pause", "resume", "watch", "demo"} <= offering
 
 
 def test_people_get_plain_words_in_a_pipe(served):
