@@ -50,6 +50,7 @@ FORBIDDEN_TO_A_DEVICE = [
         "up/ward-1/join",
         "up/0/0/ward-1/join",
         "round",
+        "identity",
         "ctl",
         "ctl/reply",
         "srv",
@@ -111,7 +112,7 @@ def test_a_last_will_is_published_on_the_devices_own_state_only(fleet, server, t
 
 
 def test_a_device_that_subscribes_to_everything_hears_its_own_and_the_public(fleet, server):
-    public = [f"{FED}/{tail}" for tail in ("round", "task/0", "model/0", "srv")]
+    public = [f"{FED}/{tail}" for tail in ("round", "identity", "task/0", "model/0", "srv")]
     own = [f"{FED}/down/ward-1/{kind}" for kind in ("go", "need", "ack", "cfg")]
     others = [
         f"{FED}/{tail}"
@@ -151,6 +152,7 @@ def test_the_operator_commands_and_watches_and_cannot_announce(fleet, server):
         f"{FED}/{tail}"
         for tail in (
             "round",
+            "identity",
             "model/0",
             "task/0",
             "srv",
@@ -168,7 +170,8 @@ def test_the_operator_commands_and_watches_and_cannot_announce(fleet, server):
 
     operator.subscribe(["midge/v1/#"])
     seen = [
-        f"{FED}/{tail}" for tail in ("ctl/reply", "srv", "metrics", "round", "dev/ward-1/state")
+        f"{FED}/{tail}"
+        for tail in ("ctl/reply", "srv", "metrics", "round", "identity", "dev/ward-1/state")
     ]
     unseen = [f"{FED}/{tail}" for tail in ("down/ward-1/go", "up/0/ward-1/data", "ctl")]
     while not any(m.payload == b"ready" for m in _poll(operator)):
