@@ -1,15 +1,17 @@
 """A device is stolen: real processes over a real mosquitto, from the theft to the next round."""
 
 import json
+import shlex
 import shutil
 
 import pytest
 
 from broker_bridge.errors import LinkError
 from broker_bridge.link.base import Disconnected, Message
+from broker_bridge.link.local_broker import LocalBroker
 from broker_bridge.link.paho_link import PahoLink
 from device_client import identity as identities
-from tests.fleets import MIDGE, TOPICS, Fleet, wait_until
+from tests.fleets import MIDGE, TOPICS, Fleet, run, wait_until
 
 
 @pytest.fixture
@@ -121,3 +123,33 @@ def test_a_broker_goes_on_though_the_roster_cannot_be_read(fleet):
     path.unlink()
     assert asked(fleet, "revoke", "eve")["broker_told"]
     assert fleet.mosquitto.log.count("roster.json is damaged") == 1
+
+
+def test_the_line_for_a_mosquitto_of_ones_own_does_what_it_says(fleets, tmp_path):
+    """As printed, but for sudo, the folder, and systemctl, which sends SIGHUP or starts anew."""
+    fleet = fleets()
+    etc = tmp_path / "etc"
+    shutil.copytree(fleet.home.broker, etc)
+    own = LocalBroker(etc, port=fleet.port, engine="mosquitto", shipped_acl=False)
+    fleet.enrol("ann", "eve")
+    with own:
+        stolen, other = thief(fleet, "eve"), thief(fleet, "ann")
+        assert carry_out(asked(fleet, "revoke", "eve")["broker_run"], own) == "reload"
+        with pytest.raises(LinkError, match="refused our client certificate"):
+            thief(fleet, "eve", wait_s=5.0)
+        assert (stolen.connections, other.connections) == (1, 1)
+        assert carry_out(asked(fleet, "replace", "eve")["broker_run"], own) == "restart"
+        hear(stolen, Disconnected)
+        with pytest.raises(LinkError, match="refused our client certificate"):
+            thief(fleet, "eve", wait_s=5.0)
+
+
+def carry_out(line: str, broker: LocalBroker) -> str:
+    """Do what the line says; return how mosquitto was told."""
+    install, _, tell = line.partition(" && ")
+    words = shlex.split(install)
+    assert (words[:2], words[-1]) == (["sudo", "install"], "/etc/mosquitto/midge/")
+    assert run(*words[1:-1], str(broker.folder)).returncode == 0
+    how = tell.removeprefix("sudo systemctl ").removesuffix(" mosquitto")
+    {"reload": broker.reload, "restart": broker.restart}[how]()
+    return how
