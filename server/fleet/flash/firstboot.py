@@ -32,7 +32,8 @@ __all__ = [
 
 BOOT = "/boot/firmware"
 _START = (
-    f"cp {BOOT}/midge/midge-first-boot.service /etc/systemd/system/"
+    # FAT says of every file that it may be executed, and systemd complains of such units.
+    f"install -m 644 {BOOT}/midge/midge-first-boot.service /etc/systemd/system/"
     " && systemctl daemon-reload && systemctl --quiet enable{now} midge-first-boot.service"
 )
 # Raspberry Pi OS puts its first user into these.

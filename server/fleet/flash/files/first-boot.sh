@@ -25,9 +25,8 @@ forget() { # overwrite, then remove
 }
 
 finish() {
-    cp "$here/midge-report.service" "$here/midge-report.timer" "$root/etc/systemd/system/"
-    cp "$here/report.sh" "$root/opt/midge/bin/midge-report"
-    chmod 755 "$root/opt/midge/bin/midge-report"
+    install -m 644 "$here/midge-report.service" "$here/midge-report.timer" "$root/etc/systemd/system/"
+    install -m 755 "$here/report.sh" "$root/opt/midge/bin/midge-report"
     forget "$here/device.bundle" "$here"/data/*
     # cloud-init wrote the network down on the card's other partition; it reads this file again
     # only for another instance-id.

@@ -169,6 +169,7 @@ done
 
 mkdir -p "$ours"
 cp "$here/midge-device.service" "$ours/midge-device.service.new"
+chmod 644 "$ours/midge-device.service.new" # from a FAT partition it comes as executable
 mv -f "$ours/midge-device.service.new" "$ours/midge-device.service"
 sync
 if [ -n "$root" ]; then

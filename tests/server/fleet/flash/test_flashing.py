@@ -129,6 +129,8 @@ def findings(folder):
 def test_a_first_boot_that_fails_is_tried_again_and_then_no_secret_is_left(folder, tmp_path):
     target = cards.target_of_this_machine()
     flash(FolderCard(folder), targets=(target,))
+    for path in folder.rglob("*"):
+        path.chmod(0o755)  # FAT knows no modes
     assert "not booted" in findings(folder)["first boot"].found
     root = tmp_path / "root"
     boot = ["sh", str(folder / "midge" / "first-boot.sh"), str(root)]
@@ -148,6 +150,10 @@ def test_a_first_boot_that_fails_is_tried_again_and_then_no_secret_is_left(folde
     assert b"samples of one person" not in left
     assert WIFI.psk.encode() not in left
     assert "erased" in (folder / "network-config").read_text()
+    units = (root / "etc/systemd/system").glob("midge-*")
+    assert {path.name: path.stat().st_mode & 0o777 for path in units} == {
+        "midge-device.service": 0o644, "midge-report.service": 0o644, "midge-report.timer": 0o644,
+    }  # fmt: skip
     assert not (folder / "midge" / "first-boot.sh").exists()
     assert not (folder / "midge" / "wheels").exists()
     found = findings(folder)
