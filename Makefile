@@ -7,7 +7,7 @@
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench campaign fuzz soak pi-test lock sbom clean mosquitto mosquitto-or-fail qemu-or-fail python
+.PHONY: help demo test check bench campaign fuzz soak pi-test pi-boot lock sbom clean mosquitto mosquitto-or-fail qemu-or-fail board-or-fail python
 
 # TensorFlow Lite's lean runtime exists for Python 3.11 and no newer, so that one comes first;
 # then those that the demo was tried on; then whatever there is, if it is new enough.
@@ -31,7 +31,7 @@ AT_ONCE ?= 3
 MINUTES ?= 16
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 
 demo: .venv/.ready mosquitto  ## train on ten people's wearables, on this machine, behind TLS
 	@.venv/bin/midge demo $(ARGS)
@@ -57,6 +57,9 @@ fuzz: .venv-dev/.fuzz  ## feed every parser damaged bytes: make fuzz MINUTES=16
 
 pi-test: .venv-dev/.ready mosquitto-or-fail qemu-or-fail  ## run the Pythons of Raspberry Pi OS on an emulated Pi's processor
 	@.venv-dev/bin/python -m pytest -m pi $(ARGS)
+
+pi-boot: .venv-dev/.ready mosquitto-or-fail board-or-fail  ## boot a flashed card on an emulated board; cut its power in a round
+	@.venv-dev/bin/python -m tests.pi.boot $(ARGS)
 
 # How many seeds `make soak` tries; each is a federation of its own. After them, for how many
 # minutes real processes are killed.
@@ -145,6 +148,11 @@ qemu-or-fail:
 	@$(has_qemu) || { $(get_qemu); } || { \
 		echo "make: this needs qemu. Install it: apt-get install qemu-user-static" >&2; exit 1; }
 
+board-or-fail:
+	@$(has_board) || { $(get_board); } || { \
+		echo "make: this needs a virtual board and what makes a card for it. Install them:" \
+			"apt-get install $(board_packages)" >&2; exit 1; }
+
 has_mosquitto = command -v mosquitto >/dev/null && command -v mosquitto_pub >/dev/null
 
 define get_mosquitto
@@ -173,4 +181,19 @@ define get_qemu
 		$$as_root apt-get install -y -qq qemu-user-static >/dev/null; \
 	fi; \
 	$(has_qemu)
+endef
+
+board_packages := qemu-system-arm e2fsprogs dosfstools fdisk mtools
+has_board = { command -v qemu-system-aarch64 && command -v mke2fs && command -v mkfs.vfat && \
+	command -v sfdisk && command -v mcopy; } >/dev/null
+
+define get_board
+	if [ "$$(id -u)" = 0 ]; then as_root=; else as_root="sudo -n"; fi; \
+	if command -v apt-get >/dev/null && $$as_root true 2>/dev/null; then \
+		echo "Installing $(board_packages) with apt-get …"; \
+		export DEBIAN_FRONTEND=noninteractive; \
+		$$as_root apt-get update -qq && \
+		$$as_root apt-get install -y -qq --no-install-recommends $(board_packages) >/dev/null; \
+	fi; \
+	$(has_board)
 endef
