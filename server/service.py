@@ -11,17 +11,15 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from typing import Literal
 
 from broker_bridge.disk import DiskFullError
-from broker_bridge.errors import LinkError, LocalError, PeerError
+from broker_bridge.errors import LocalError, PeerError
 from broker_bridge.limits import LIMITS
 from broker_bridge.link.base import Connected, Disconnected, Link, LinkEvent, Message
-from broker_bridge.wire import blobs, messages
+from broker_bridge.wire import messages
 from broker_bridge.wire.chunks import chunk_header
 from broker_bridge.wire.messages import (
     Ack,
-    Blob,
     Busy,
     Command,
     Go,
@@ -33,7 +31,6 @@ from broker_bridge.wire.messages import (
     Reply,
     Report,
     RoundSummary,
-    ServerPresence,
 )
 from broker_bridge.wire.topics import DeviceState, Topics, UpTopic
 from server import events as ev
@@ -43,6 +40,7 @@ from server.fleet.enrolment import Registrar
 from server.fleet.keys import ServerKeys
 from server.fleet.renewal import Renewals
 from server.ledger import Ledger
+from server.noticeboard import Noticeboard
 from server.quotas import Quotas
 from server.store import rows
 
@@ -56,7 +54,6 @@ _TAKEN_MAX = 256  # messages before we look at the time again
 _DEVICE_KNOWN_S = 60.0  # until a row is read again; a change of the fleet is seen in a second
 _DEVICES_KNOWN_MAX = 20_000
 _FLEET_S = 1.0  # how often to look whether a command changed who belongs to the fleet
-_REPEAT_BLOB_S = 5.0  # a blob that many devices miss is retained again once, not for each
 _REJECTS_KINDS_MAX = 200
 _KEEP_REJECTS_S = 60.0  # how often the counts of dropped messages are written down
 _ROOM_S = 1.0  # how often to look whether the disk has room
@@ -97,21 +94,18 @@ class Service:
         self._clock = clock
         self._on_summary = on_summary
         self._topics = Topics(coordinator.federation)
+        self._board = Noticeboard(
+            link, ledger, self._topics, open_round=lambda: coordinator.announcement, clock=clock
+        )
         self._evaluator: Evaluator | None = None
         self._to_accept: list[ev.Accept] = []
         self._results: queue.SimpleQueue[ev.Event] = queue.SimpleQueue()
-        self._blob_at: dict[str, float] = {}
-        self._retained: dict[str, int] = {}
         self._fleet_at_s = clock()
         self._fleet_changes = -1  # how many of them are known here
         self._shut_out: Mapping[str, rows.DeviceStatus] = {}
         self._roster = registrar.home.roster()  # who is out, whatever the database says
         self._sign = ledger.keys.sign  # made once: it takes as long as a signature
         self._known: dict[str, tuple[rows.Device, float]] = {}
-        self._announced: bytes | None = None  # signed, of the round that is open or was last
-        self._summed_up: bytes | None = None  # what `metrics` says
-        self._laid_out = False
-        self._sealed_under: dict[str, bytes] = {}  # the fleet key, by kind of blob
         self._trouble = ""  # with the disk
         self._look_again_s = 0.0
         self._rejects_kept: Counter[str] = Counter()
@@ -126,7 +120,7 @@ class Service:
         while not stopped():
             self.turn(self._link.receive(timeout_s=0.25))
         self._keep_rejects()
-        self._show_presence("offline")
+        self._board.show_presence("offline")
 
     def begin(self) -> None:
         """Take up what was open, and listen."""
@@ -167,10 +161,10 @@ class Service:
                 self._fit(limits.packet_bytes_max)
                 # A broker may be one that was started again from an old copy of its state: it
                 # says "resumed", and knows neither our latest words nor our last filters.
-                known = resumed and self._laid_out
+                known = resumed and self._board.is_laid_out
                 if known:
                     self._link.subscribe(self._asking_for)
-                self._lay_out(blobs_too=not known)
+                self._board.lay_out(blobs_too=not known)
                 self._handle([ev.LinkUp(resumed)])
             case Disconnected(reason):
                 log.warning("connection lost: %s", reason)
@@ -289,7 +283,7 @@ class Service:
     def _shut(self, device: str, *, revoked: bool) -> None:
         log.info("%s is %s", device, "revoked" if revoked else "suspended")
         if revoked and self._coordinator.knows(device):
-            self._publish(self._topics.state(device), b"", retain=True)
+            self._board.publish(self._topics.state(device), b"", retain=True)
         self._handle([ev.ShutOut(device, revoked)])
 
     # ── keys ────────────────────────────────────────────────────────────────────────────────
@@ -315,16 +309,10 @@ class Service:
         log.info("new keys: identity %d, fleet key %d", keys.said.sequence, keys.fleet_epoch)
         self._ledger.take_keys(keys)
         self._sign = keys.sign
-        self._publish(self._topics.identity, keys.identity, retain=True)
-        self._reseal()
-        if self._announced is not None:
-            self._announce(self._ledger.announcer.again(self._announced))
-
-    def _reseal(self) -> None:
-        """Lay out again what is sealed under another fleet key than the present one."""
-        for kind, key in list(self._sealed_under.items()):
-            if key != self._ledger.fleet_key:
-                self._retain("task" if kind == "task" else "model")
+        self._board.identify()
+        self._board.reseal()
+        if self._board.announced is not None:
+            self._board.announce(self._ledger.announcer.again(self._board.announced))
 
     def _ask_to_renew(self) -> None:
         """Ask whoever is here and should."""
@@ -337,7 +325,7 @@ class Service:
         online = len(self._coordinator.online())
         asked = self._renewals.request(device, now_s=self._clock(), online=online)
         if asked is not None:
-            self._publish(self._topics.down(device.name, "cfg"), asked)
+            self._board.publish(self._topics.down(device.name, "cfg"), asked)
 
     # ── what a message says ─────────────────────────────────────────────────────────────
 
@@ -361,7 +349,7 @@ class Service:
                 self._look_at_fleet(now=True)  # its name may be that of one who is to go
                 answer = self._registrar.answer(device, message.payload)
                 self._known.pop(device, None)
-                self._publish(self._topics.down(device, "cfg"), answer)
+                self._board.publish(self._topics.down(device, "cfg"), answer)
                 log.info("enrolment of %s answered", device)
                 return []
             case UpTopic(device=device, kind="renew"):
@@ -376,7 +364,7 @@ class Service:
         has_upload = self._ledger.has_upload_of(device)
         answer = self._renewals.answer(device, payload, has_upload=has_upload)
         self._known.pop(device, None)
-        self._publish(self._topics.down(device, "cfg"), answer)
+        self._board.publish(self._topics.down(device, "cfg"), answer)
         log.debug("renewal of %s answered", device)
 
     def _chunk(self, device: str, chunk: bytes) -> list[ev.Event]:
@@ -401,7 +389,7 @@ class Service:
             case Init():
                 return [ev.Inited(device, said, said.upload in self._upload_ids(device))]
             case NeedBlob():
-                self._repeat_blob(said)
+                self._board.repeat(said)
             case Report():
                 return [ev.Reported(device, said)]
         return []
@@ -454,7 +442,7 @@ class Service:
             with self._ledger.db.reading() as tx:
                 answered = tx.reply_to(command.id)
             if answered is not None:
-                self._publish(self._topics.ctl_reply, answered.encode())
+                self._board.publish(self._topics.ctl_reply, answered.encode())
                 return []
         if self._postponed and command.cmd != "status":
             self._respond(Reply(ok=False, cmd=command.cmd, error=self._trouble))
@@ -487,8 +475,8 @@ class Service:
                 return self._close_round(summary)
             case ev.AbandonRound(summary):
                 signed = self._ledger.abandon_round(summary)
-                self._reseal()
-                self._announce(signed)
+                self._board.reseal()
+                self._board.announce(signed)
             case ev.Evaluate(version):
                 self._evaluate(version)
             case ev.Publish(summary):
@@ -504,7 +492,7 @@ class Service:
         kind = {"Go": "go", "Busy": "go", "Need": "need", "Ack": "ack"}[type(message).__name__]
         scope = f"{self._coordinator.federation}/{device}"
         signed = messages.signed(self._sign, kind, scope, message)
-        self._publish(self._topics.down(device, kind), signed)
+        self._board.publish(self._topics.down(device, kind), signed)
 
     def _begin_upload(self, device: str, init: Init) -> list[ev.Event]:
         try:
@@ -528,8 +516,7 @@ class Service:
             return []
         log.info("run %d of task %s started", started.id, started.task)
         self._respond(Reply(ok=True, cmd="start", id=command.id, status={"run": started.id}))
-        self._retain("task")
-        self._retain("model")
+        self._board.retain("task", "model")
         return [ev.Started(started)]
 
     def _make_evaluator(self) -> Evaluator | None:
@@ -541,7 +528,7 @@ class Service:
         opened, signed = self._ledger.open_round(effect)
         self._quotas.begin_round(opened.update_bytes)
         log.info("round %d is open for %d updates", opened.announcement.round, effect.target)
-        self._announce(signed)
+        self._board.announce(signed)
         return [opened]
 
     def _close_round(self, summary: RoundSummary) -> list[ev.Event]:
@@ -549,9 +536,9 @@ class Service:
         if gone:  # since we looked last: then it is decided again without them
             return [ev.ShutOut(device, revoked=True) for device in gone]
         version, signed = self._ledger.close_round(summary)
-        self._retain("model")
-        self._reseal()
-        self._announce(signed)
+        self._board.retain("model")
+        self._board.reseal()
+        self._board.announce(signed)
         return [ev.Tick(self._clock()), ev.Closed(version, self._evaluator is not None)]
 
     def _evaluate(self, version: int) -> None:
@@ -571,8 +558,7 @@ class Service:
         )  # fmt: skip
         if summary.evaluation:
             self._ledger.measured(summary)
-        self._summed_up = messages.encode_json(summary)
-        self._publish(self._topics.metrics, self._summed_up, retain=True)
+        self._board.summarise(messages.encode_json(summary))
         self._on_summary(summary)
 
     def _respond(self, reply: Reply) -> None:
@@ -588,79 +574,10 @@ class Service:
                     tx.remember_reply(reply.id, data.decode())
             except DiskFullError as error:
                 self._no_room(error)  # answered, and carried out again if it is asked again
-        self._publish(self._topics.ctl_reply, data)
-
-    # ── what lies on the broker ─────────────────────────────────────────────────────────
+        self._board.publish(self._topics.ctl_reply, data)
 
     def _fit(self, packet_bytes_max: int) -> None:
         self._ledger.announcer.packet_bytes = min(LIMITS.packet_bytes_max, packet_bytes_max)
-
-    def _lay_out(self, *, blobs_too: bool) -> None:
-        """Retain everything that should lie there: a broker without our session may have nothing.
-
-        The announcement comes last. A device that hears it again asks at once for what it
-        still waits for: by then task and model are there, and so are our subscriptions.
-        """
-        self._show_presence("online")  # our last will may have said otherwise
-        self._publish(self._topics.identity, self._ledger.keys.identity, retain=True)
-        if blobs_too:
-            self._laid_out = True
-            self._retain("task")
-            self._retain("model")
-        if self._summed_up is not None:
-            self._publish(self._topics.metrics, self._summed_up, retain=True)
-        if self._announced is not None:
-            self._announce(self._announced)
-
-    def _announce(self, signed: bytes) -> None:
-        self._announced = signed
-        self._publish(self._topics.round, signed, retain=True)
-
-    def _retain(self, kind: Literal["task", "model"]) -> None:
-        """Lay the task or the model on the broker, and clear what an older one left behind."""
-        task = self._ledger.task
-        if task is None:
-            return
-        content = task.plan_bytes if kind == "task" else self._ledger.model_bytes
-        blob = self._blob(kind)
-        topic = self._topics.task if kind == "task" else self._topics.model
-        self._sealed_under[kind] = key = self._ledger.fleet_key
-        chunks = blobs.seal_blob(content, blob, fleet_key=key)
-        count = 0
-        for count, chunk in enumerate(chunks, start=1):
-            self._publish(topic(count - 1), chunk, retain=True)
-        for index in range(count, self._retained.get(kind, count)):
-            self._publish(topic(index), b"", retain=True)
-        self._retained[kind] = count
-        self._blob_at[kind] = self._clock()
-
-    def _blob(self, kind: Literal["task", "model"]) -> Blob:
-        """How it is cut: as the open round announced it, whatever the broker takes by now."""
-        say = self._ledger.announcer
-        fresh = say.task_blob() if kind == "task" else say.model_blob()
-        this = self._coordinator.announcement
-        announced = None if this is None else this.task if kind == "task" else this.model
-        return announced if announced and announced.digest == fresh.digest else fresh
-
-    def _repeat_blob(self, need: NeedBlob) -> None:
-        if self._ledger.task is None:
-            raise PeerError("no_open_round", "there is no task to send")
-        blob = self._blob(need.kind)
-        if blob.digest != need.digest:
-            raise PeerError("other_round", f"a {need.kind} that is not the present one")
-        if self._clock() - self._blob_at.get(need.kind, -_REPEAT_BLOB_S) >= _REPEAT_BLOB_S:
-            self._retain(need.kind)
-
-    def _publish(self, topic: str, payload: bytes, *, retain: bool = False) -> None:
-        try:
-            self._link.publish(topic, payload, retain=retain)
-        except LinkError as error:
-            log.warning("not sent: %s", error)  # devices ask again after a silence
-
-    def _show_presence(self, state: Literal["online", "offline"]) -> None:
-        data = messages.encode_json(ServerPresence(state=state))
-        self._publish(self._topics.srv, data, retain=True)
-        log.info("the server is %s", state)
 
     # ── coming back ─────────────────────────────────────────────────────────────────────
 
@@ -671,15 +588,15 @@ class Service:
         found = self._ledger.restore()
         recalled = self._ledger.recall()
         if recalled is not None:
-            self._announced = recalled.signed
-            self._summed_up = messages.encode_json(recalled.summary)
+            self._board.announced = recalled.signed
+            self._board.summary = messages.encode_json(recalled.summary)
         if found is None:
             return
         log.info("going on with run %d of task %s", found.run.id, found.run.task)
         self._evaluator = self._make_evaluator()
         if found.opened is not None:
             self._quotas.begin_round(found.opened.update_bytes)
-            self._announced = found.signed  # retained with all the rest once we are connected
+            self._board.announced = found.signed  # retained with all the rest once connected
         effects = self._coordinator.restore(
             found.run, found.opened, found.uploads, now_s=self._clock(),
             elapsed_s=found.elapsed_s, paused=found.paused, last=found.last,

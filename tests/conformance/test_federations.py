@@ -106,7 +106,7 @@ def test_a_device_killed_in_mid_upload_is_lost_and_sends_only_what_is_missing(fe
     if lacks(world.engine, "resume"):
         world.quiet(back)
         assert back.state is State.IDLE, "it has not heard of the round"
-        world.service._announce(world.service._announced)
+        world.service._board.announce(world.service._board.announced)
     world.finish()
     after = world.chunks("ann")
     assert len({upload for upload, _, _ in after}) == 1, "the same upload"

@@ -83,7 +83,7 @@ class AnnouncedBeforeWritten(Service):
         signed = []
 
         def announced_first():
-            self._announce(signed[0])
+            self._board.announce(signed[0])
             return transaction()
 
         sign = ledger.announcer.sign
