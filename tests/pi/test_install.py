@@ -33,7 +33,7 @@ root=$2
 shift 3
 exec chroot "$root" /usr/bin/env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin:/usr/local/bin "$@"
 """
-INSTALL_S = 900.0  # most of it is Python compiling NumPy, instruction by instruction
+INSTALL_S = 1800.0  # most of it is Python compiling NumPy, instruction by instruction
 
 
 class Board:
