@@ -13,6 +13,7 @@ import contextlib
 import json
 import re
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -94,6 +95,8 @@ class Story:
             self.note("power-on to the reboot after firstrun.sh, s", time.monotonic() - on)
             board.power_on()
         board.wait_for(r"Finished midge-first-boot", "the installation ends", GIVE_UP_S)
+        log = (board.card.read("midge/log/install.txt") or b"").decode()
+        assert log.endswith("result: installed\n"), log
         self.note("power-on to installed, s", time.monotonic() - on)
         before = wait_until(self.enrolled, "the device enrols", GIVE_UP_S)
         self.note("power-on to enrolled, s", time.monotonic() - on)
@@ -158,6 +161,7 @@ def main() -> None:
     parser.add_argument("--system", choices=("bookworm", "trixie"), default="bookworm")
     parser.add_argument("--copies", type=int, default=1, help="so many times one person's samples")
     chosen = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and end what was started
     folder = Path(tempfile.mkdtemp(prefix="midge-boot-"))
     print(f"{chosen.system}: logs in {folder}", flush=True)
     story = Story({"bookworm": BOOKWORM, "trixie": TRIXIE}[chosen.system], folder, chosen.copies)

@@ -20,12 +20,12 @@ from tests.pi.debian import CannotFetchError, fetch_root, made_once, run
 
 __all__ = ["BOOKWORM", "TRIXIE", "Release", "card_image"]
 
-# Essential packages are nobody's dependencies.
+# Essential packages are nobody's dependencies; the last is apt's, which every Debian has.
 ESSENTIAL = (
     "base-files", "base-passwd", "bash", "bsdutils", "coreutils", "dash", "debianutils",
     "diffutils", "findutils", "grep", "gzip", "hostname", "init-system-helpers", "libc-bin",
     "login", "mount", "ncurses-base", "perl-base", "sed", "sysvinit-utils", "tar", "util-linux",
-    "passwd", "mawk",
+    "passwd", "mawk", "libstdc++6",
 )  # fmt: skip
 SYSTEM = (
     "systemd-sysv", "systemd-timesyncd", "udev", "dbus", "kmod", "iproute2", "procps",
