@@ -86,17 +86,17 @@ EXAMPLE = """\
 # When this device may work. What is not set does not matter; what is set and cannot be read
 # on this machine counts as not fulfilled (`midge-device status` shows each). Training stops
 # within one step when a rule no longer holds, and begins again in the same round if it can.
-# [eligibility]
-# mains = true                # only on mains power
-# battery_min = 0.4           # or above this fraction of its battery
-# temperature_max_c = 75.0    # of the hottest zone
-# throttled = false           # not while the processor is throttled (Raspberry Pi)
-# load_max = 0.7              # processes that want to run, for each core
-# memory_min_mb = 150.0
-# disk_min_mb = 200.0
-# metered = false             # not over a network that NetworkManager calls metered
-# networks = ["eth0", "wlan0"]
-# hours = ["22:00-06:00"]
-# samples_min = 100
-# unless_file = "/run/in-use" # not while this file is there
+[eligibility]
+# mains = false            # true: only on mains power
+# battery_min = 0.0        # 0.4: with 40 % of its battery or more
+# temperature_max_c = 0.0  # 75.0: while the hottest zone has at most that
+# throttled = true         # false: not while the processor is throttled (Raspberry Pi)
+# load_max = 0.0           # 0.7: while at most that many processes want each core
+# memory_min_mb = 0.0
+# disk_min_mb = 0.0
+# metered = true           # false: not over a network that NetworkManager calls metered
+# networks = []            # ["eth0", "wlan0"]: over these only
+# hours = []               # ["22:00-06:00"]: then only
+# samples_min = 0
+# unless_file = ""         # "/run/in-use": not while this file is there
 """
