@@ -201,7 +201,7 @@ def test_a_settings_file_with_comments_is_left_for_the_owner(served):
     wait_until(path.exists, "the settings file")
     text = path.read_text()
     assert "# keepalive_s = 60" in text
-    assert all(not line or line.startswith("#") for line in text.splitlines())
+    assert all(not line or line.startswith(("#", "[")) for line in text.splitlines())
 
 
 def test_a_device_waits_for_its_broker_however_long(alone):

@@ -9,7 +9,6 @@ from broker_bridge.errors import LocalError
 from broker_bridge.wire.enrolment import server_identity
 from server.fleet.home import Home, create
 
-
 PUBLIC = ("midge.toml", "ca.pem", "broker.pem", "client.pem", "revoked.pem", "mosquitto.acl")
 
 
