@@ -40,7 +40,7 @@ from device_client.trial import run_trial
 
 __all__ = ["main"]
 
-log = logging.getLogger("midge.device")
+_log = logging.getLogger("midge.device")
 
 _FOLDER = click.option(
     "--dir", "folder", type=click.Path(path_type=Path, file_okay=False), envvar="MIDGE_DEVICE_DIR",
@@ -130,7 +130,7 @@ def run(
     identity = identities.load(folder)
     if identity is None and bundle is not None:
         identity = _enrol(bundle, folder, 600.0)
-        log.info("enrolled as %s, fingerprint %s", identity.scope, identity.keys.fingerprint)
+        _log.info("enrolled as %s, fingerprint %s", identity.scope, identity.keys.fingerprint)
     if identity is None:
         raise LocalError(
             f"{folder} holds no enrolled device; run `midge-device enrol BUNDLE --dir {folder}`"
