@@ -97,6 +97,7 @@ class Story:
         board.wait_for(r"Finished midge-first-boot", "the installation ends", GIVE_UP_S)
         log = (board.card.read("midge/log/install.txt") or b"").decode()
         assert log.endswith("result: installed\n"), log
+        assert board.card.read("midge/device.bundle") is None, "the token is still on the card"
         self.note("power-on to installed, s", time.monotonic() - on)
         before = wait_until(self.enrolled, "the device enrols", GIVE_UP_S)
         self.note("power-on to enrolled, s", time.monotonic() - on)
@@ -123,7 +124,7 @@ class Story:
         self.wait_for_models(ROUNDS + 1, board)
         self.note("after it: power-on to the end of the run, s", time.monotonic() - on)
         assert self.enrolled() == self.before, "it came back as somebody else"
-        assert "first-boot" not in board.said, "it installed again"
+        assert "midge-first-boot" not in board.said, "it installed again"
         board.wait_for(r"midge-report\.service: Deactivated|Finished midge-report", "a report",
                        GIVE_UP_S)  # fmt: skip
 

@@ -109,7 +109,14 @@ def _set_up(release: Release, root: Path) -> None:
     (etc / "shadow").write_text("root:*:19000:0:99999:7:::\n")
     (etc / "shadow").chmod(0o640)
     shutil.copy(root / "usr/share/libc-bin/nsswitch.conf", etc / "nsswitch.conf")
-    (root / "usr/bin/awk").symlink_to("mawk")
+    for name, program in (("awk", "mawk"), ("nc", "nc.openbsd")):
+        if (root / "usr/bin" / program).exists():
+            (root / "usr/bin" / name).symlink_to(program)
+    if (root / "usr/share/ca-certificates").is_dir():  # cloud-init does not start without
+        known = sorted((root / "usr/share/ca-certificates/mozilla").glob("*.crt"))
+        (etc / "ssl/certs").mkdir(parents=True, exist_ok=True)
+        bundle = etc / "ssl/certs/ca-certificates.crt"
+        bundle.write_bytes(b"".join(path.read_bytes() for path in known))
     for name, target in (("run", "/run"), ("lock", "/run/lock")):
         place = root / "var" / name
         if place.is_dir() and not place.is_symlink():
