@@ -7,6 +7,7 @@ not Raspberry Pi's image: other kernel, no firmware, no NetworkManager, and of t
 stand-in. Needs no root where `unshare` can map one.
 """
 
+import lzma
 import os
 import re
 import shutil
@@ -210,8 +211,6 @@ def _with_needs(name: str, modules: dict[str, Path]) -> Iterator[str]:
 
 def _unpacked(module: Path) -> bytes:
     if module.suffix == ".xz":
-        import lzma
-
         return lzma.decompress(module.read_bytes())
     return module.read_bytes()
 
