@@ -45,6 +45,7 @@ IOTCORE_LACKS = (
 )
 
 _PORTS = range(20_000, 32_000)
+_CLAIMS: list[socket.socket] = []  # as long as this process lives
 
 # Debian and Homebrew install it where a user's PATH may not look.
 _MOSQUITTO_FOLDERS = (
@@ -95,7 +96,23 @@ def free_port() -> int:
         port = secrets.choice(_PORTS)
         with contextlib.suppress(OSError), socket.socket() as probe:
             probe.bind(("127.0.0.1", port))
+            _claim(port)
             return port
+
+
+def _claim(port: int) -> None:
+    """Keep other processes of ours from choosing this port before a broker is bound to it.
+
+    A name in Linux's abstract namespace, gone with this process. Raises OSError if it is taken.
+    """
+    if sys.platform == "linux":
+        claim = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        try:
+            claim.bind(f"\0midge-port-{port}")
+        except OSError:
+            claim.close()
+            raise
+        _CLAIMS.append(claim)
 
 
 class LocalBroker:

@@ -87,11 +87,12 @@ def updates_lost(
 
 
 def test_a_server_that_does_not_lay_out_again_what_a_broker_forgot_is_noticed() -> None:
-    class LaidOutOnce(Service):
-        def _lay_out(self, **_):
-            pass
+    class NeverLaysOut(Service):
+        def begin(self):
+            self._board.lay_out = lambda **_: None
+            super().begin()
 
-    parts = Parts(service=LaidOutOnce)
+    parts = Parts(service=NeverLaysOut)
     assert any(updates_lost(ONE_FAULT[1], moment * 2.0, parts) for moment in range(8))
 
 
