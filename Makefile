@@ -70,10 +70,6 @@ soak: .venv-dev/.ready mosquitto-or-fail  ## simulate SEEDS federations under fa
 	@.venv-dev/bin/python -m tests.simulation --seeds $(SEEDS) $(ARGS)
 	@.venv-dev/bin/python -m tests.chaos --minutes $(KILL_MINUTES)
 
-clean:  ## remove the environments and caches; fleets and their keys stay
-	rm -rf .venv .venv-dev .venv-sbom build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
-	find . -name __pycache__ -type d -prune -exec rm -rf {} +
-
 lock: .venv-dev/.ready  ## write the hash-locked requirements again, for devices and servers
 	@.venv-dev/bin/python -m tests.locks
 
@@ -82,6 +78,10 @@ sbom: python  ## list what a device and a server consist of, as CycloneDX JSON, 
 	@.venv-sbom/tool/bin/python -m pip install --quiet --disable-pip-version-check $(CYCLONEDX)
 	@$(call list_parts,device,server/fleet/flash/locks/py$(PY).txt)
 	@$(call list_parts,server,server/requirements-py$(PY).txt)
+
+clean:  ## remove the environments and caches; fleets and their keys stay
+	rm -rf .venv .venv-dev .venv-sbom build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # ── What they need ───────────────────────────────────────────────────────────────────────
 
@@ -107,10 +107,6 @@ define install
 	@touch $@
 endef
 
-python:
-	@test -n "$(PYTHON)" || { \
-		echo "make: no Python 3.11 or newer found. Name one: make PYTHON=/path/to/python3.11 …" >&2; \
-		exit 1; }
 # What `sbom` lists: an environment with the locked wheels and midge in it, and nothing else.
 CYCLONEDX := 'cyclonedx-bom==7.5.0' 'cyclonedx-python-lib[json-validation]'
 PY = $(shell "$(PYTHON)" -c 'import sys; print("%d%d" % sys.version_info[:2])')
@@ -132,6 +128,10 @@ endef
 
 fresh_venv = rm -rf $(1) && "$(PYTHON)" -m venv $(1)
 
+python:
+	@test -n "$(PYTHON)" || { \
+		echo "make: no Python 3.11 or newer found. Name one: make PYTHON=/path/to/python3.11 …" >&2; \
+		exit 1; }
 
 # The broker. The demo can do without mosquitto, the tests cannot: they test its configuration.
 mosquitto:
