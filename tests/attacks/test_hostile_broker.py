@@ -34,6 +34,9 @@ ROUNDS = 2
 SEALED = ("round", "task", "model", "up join", "up init", "up data", "down go", "down need",
           "down ack")  # fmt: skip
 
+# What they say when the fleet key changes.
+RENEWAL = ("up renew", "down cfg", "identity")
+
 
 class SteadyTrainer:
     """Trains alike whenever it trains the same round on the same device from the same model."""
@@ -161,7 +164,7 @@ class Besieged(World):
 
     def check_nothing_was_readable(self):
         said = b"".join(m.payload for m in self.broker.seen if len(m.payload) >= 32)
-        secrets = {"task": TFLITE}
+        secrets = {"task": TFLITE, "fleet key": self.home.keys().fleet_key}
         for file in (self.home.state / "models").iterdir():
             secrets[file.name] = file.read_bytes()
         _, model = decode_task(task_file())
@@ -208,15 +211,31 @@ def test_whatever_the_broker_does_to_a_message(besieged, trick):
     """One run for each kind of message: that kind is struck, then she is gone."""
     for number, kind in enumerate(SEALED, start=1):
         besieged.meddle(trick, kind)
-        besieged.start()
-        besieged.endure()
-        assert besieged.broker.meddled, kind
-        besieged.check()
-        besieged.finish()
-        closed = [r.status for r in besieged.rounds()]
-        assert closed == ["closed"] * ROUNDS * number, kind  # the very rounds that she struck
-        besieged.check()
+        strike(besieged, kind, runs=number)
     besieged.check_nothing_was_readable()
+
+
+@pytest.mark.parametrize("trick", TRICKS)
+def test_whatever_the_broker_does_while_the_fleet_key_changes(besieged, trick):
+    for number, kind in enumerate(RENEWAL, start=1):
+        besieged.meddle(trick, kind)
+        besieged.home.next_epoch()
+        besieged.pass_time(2.0)  # the server sees it
+        strike(besieged, kind, runs=number)
+        newest = besieged.home.keys().fleet_epoch
+        assert [agent.identity.fleet_epoch for agent in besieged.agents] == [newest] * 3, kind
+    besieged.check_nothing_was_readable()
+
+
+def strike(besieged, kind, *, runs):
+    """A run with that kind of message struck; then she is gone, and the very rounds are closed."""
+    besieged.start()
+    besieged.endure()
+    assert besieged.broker.meddled, kind
+    besieged.check()
+    besieged.finish()
+    assert [r.status for r in besieged.rounds()] == ["closed"] * ROUNDS * runs, kind
+    besieged.check()
 
 
 @pytest.mark.parametrize("seed", range(3))
