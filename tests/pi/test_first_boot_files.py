@@ -4,13 +4,14 @@ cloud-init's schema knows every key of user-data, and netplan makes of network-c
 the system would use. Neither is installed here: they run from another Debian's folder.
 """
 
+import platform
 import subprocess
 from pathlib import Path
 
 import pytest
 
 from server.fleet.flash.firstboot import Login, Wifi, network_config, user_data, wifi
-from tests.pi.debian import fetch_root
+from tests.pi.debian import CannotFetchError, fetch_root, may_not_skip
 
 KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIB it's: #ann"
 NETWORKS = [
@@ -23,7 +24,14 @@ NETWORKS = [
 
 @pytest.fixture(scope="module")
 def trixie() -> Path:
-    return fetch_root("trixie", "amd64", ("python3.13", "cloud-init", "netplan.io"))
+    if platform.machine() != "x86_64":
+        pytest.skip(f"Debian's amd64 programs do not run on {platform.machine()}")
+    try:
+        return fetch_root("trixie", "amd64", ("python3.13", "cloud-init", "netplan.io"))
+    except CannotFetchError as error:
+        if may_not_skip():
+            raise
+        pytest.skip(f"no cloud-init and netplan to judge with: {error}")
 
 
 def run(root: Path, *command: str) -> "subprocess.CompletedProcess[str]":
@@ -43,7 +51,6 @@ def judged(root: Path, text: str, folder: Path) -> "subprocess.CompletedProcess[
     return run(root, str(root / "usr/bin/python3.13"), "-S", program, "schema", "-c", str(path))
 
 
-@pytest.mark.pi
 @pytest.mark.parametrize("who", [None, Login("pi", KEY)], ids=["nobody", "a login"])
 def test_cloud_init_knows_every_key_of_user_data(
     trixie: Path, who: Login | None, tmp_path: Path
@@ -52,7 +59,6 @@ def test_cloud_init_knows_every_key_of_user_data(
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.pi
 def test_cloud_init_finds_a_wrong_key(trixie: Path, tmp_path: Path) -> None:
     text = user_data("ward-3", None).replace("hostname:", "hostnam:")
     assert judged(trixie, text, tmp_path).returncode == 1
@@ -65,7 +71,6 @@ def _ssid(text: str) -> str:
     return quoted.encode("latin-1", "backslashreplace").decode("unicode_escape")
 
 
-@pytest.mark.pi
 @pytest.mark.parametrize("joined", NETWORKS)
 def test_netplan_joins_the_network_that_was_meant(
     trixie: Path, joined: Wifi | None, tmp_path: Path
