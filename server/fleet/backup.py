@@ -86,9 +86,9 @@ def back_up(
         raise LocalError(f"{path} is there already; choose another name, nothing was changed")
     with disk_errors(home.state), tempfile.TemporaryDirectory(dir=home.state) as scratch:
         copy = Path(scratch) / "midge.db"
-        contents = _copied(home, copy, now)
         with _whole(path) as out:
-            sealed = Writer(out, passphrase, cost=cost or Cost())
+            sealed = Writer(out, passphrase, cost=cost or Cost())  # takes a while
+            contents = _copied(home, copy, now)
             with tarfile.open(mode="w|", fileobj=cast(BinaryIO, sealed)) as tar:
                 _add(tar, _CONTENTS, msgspec.json.encode(contents))
                 for name, file in _found(home, copy):
@@ -132,7 +132,9 @@ def _abandon(tx: Transaction, federation: str, now: float) -> None:
 
 def _found(home: Home, database: Path) -> Iterator[tuple[str, Path]]:
     """What goes in, in the order in which it is restored: the settings make it a fleet."""
-    for file in sorted(home.folder.rglob("*")):
+    # Models first: a server at work removes old ones, and the database was copied just now.
+    models, others = home.state / "models", home.folder.rglob("*")
+    for file in [*sorted(models.iterdir()), *sorted(f for f in others if f.parent != models)]:
         name = file.relative_to(home.folder).as_posix()
         if _FILES.fullmatch(name) and not _NEVER.fullmatch(name) and file.is_file():
             yield name, file
