@@ -5,6 +5,7 @@ test, which has a broker's rights on both. Each arrives with altered, forged, ol
 misdirected ones around it, late and in another order. What comes out is what would have.
 """
 
+import json
 import random
 import shutil
 import threading
@@ -17,7 +18,7 @@ from broker_bridge.link.paho_link import PahoLink
 from broker_bridge.task.taskfile import decode_task
 from broker_bridge.wire import weights
 from tests.attacks.mallory import TRICKS, Mallory, kind_of
-from tests.fleets import FEDERATION, TASK, TOPICS, Fleet
+from tests.fleets import FEDERATION, TASK, TOPICS, Fleet, Listener
 from tests.flow.test_federation import next_model, plaintexts, shared_window
 
 ROUNDS = 2
@@ -80,6 +81,21 @@ class Relay(threading.Thread):
         return [*around[:middle], message, *around[middle:]]
 
 
+def wait_among_spoilt(operator: Listener, topic: str, **fields: object) -> None:
+    """Wait for a message with these fields, where Mallory leaves some that are not even JSON."""
+
+    def is_it(message: Message) -> bool:
+        if message.topic != topic:
+            return False
+        try:
+            said = json.loads(message.payload)
+        except ValueError:
+            return False
+        return isinstance(said, dict) and fields.items() <= said.items()
+
+    operator.wait(is_it, f"{fields} on {topic}")
+
+
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
     """A federation that trained through Mallory's hands."""
@@ -105,9 +121,9 @@ def done(tmp_path_factory):
         fleet.port = port  # the operator sits with the server
         operator = fleet.listen(TOPICS.metrics, TOPICS.all_states)
         for name in DEVICES:
-            operator.wait_for_json(TOPICS.state(name), state="ready")
+            wait_among_spoilt(operator, TOPICS.state(name), state="ready")
         fleet.start_run(task="wearables", rounds=ROUNDS, target=2, quorum=2)
-        operator.wait_for_json(TOPICS.metrics, round=ROUNDS, state="closed")
+        wait_among_spoilt(operator, TOPICS.metrics, round=ROUNDS, state="closed")
         fleet.relay = relay
         yield fleet
     finally:
