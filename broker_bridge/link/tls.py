@@ -15,18 +15,27 @@ from pathlib import Path
 
 from broker_bridge.errors import LocalError
 
-__all__ = ["Failure", "TlsFiles", "client_context", "explain", "explain_tls"]
+__all__ = [
+    "Failure",
+    "TlsFiles",
+    "check_pair",
+    "client_context",
+    "explain",
+    "explain_refusal",
+    "explain_tls",
+]
 
 
 @dataclass(frozen=True)
 class TlsFiles:
     """Where the PEM files are: the CA we trust, and who we are to the broker.
 
+    `ca` None: the CAs that this machine trusts, as for web sites.
     `floor_s`: seconds since 1970 that have surely passed, for a machine whose clock is not to
     be believed. None: the clock is right.
     """
 
-    ca: Path
+    ca: Path | None
     certificate: Path | None = None
     key: Path | None = None
     floor_s: float | None = None
@@ -82,16 +91,39 @@ def client_context(files: TlsFiles) -> ssl.SSLContext:
     """
     context = _context(files.floor_s)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    _check_readable(files.ca, "CA certificate")
-    try:
-        context.load_verify_locations(cafile=str(files.ca))
-    except ssl.SSLError as error:
-        raise LocalError(
-            f"{files.ca} holds no CA certificate in PEM form; copy the CA file of your broker there"
-        ) from error
+    if files.ca is None:
+        _trust_as_this_machine(context)
+    else:
+        _trust(context, files.ca)
     if files.certificate is not None:
         _load_identity(context, files.certificate, files.key or files.certificate)
     return context
+
+
+def check_pair(certificate: Path, key: Path) -> None:
+    """Raise LocalError unless these are a certificate and its key."""
+    _load_identity(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), certificate, key)
+
+
+def _trust(context: ssl.SSLContext, ca: Path) -> None:
+    _check_readable(ca, "CA certificate")
+    try:
+        context.load_verify_locations(cafile=str(ca))
+    except ssl.SSLError as error:
+        raise LocalError(
+            f"{ca} holds no CA certificate in PEM form; copy the CA file of your broker there"
+        ) from error
+
+
+def _trust_as_this_machine(context: ssl.SSLContext) -> None:
+    context.load_default_certs()
+    # A folder of CAs is read only when one is looked for, so the context cannot be asked.
+    found = ssl.get_default_verify_paths()
+    if found.cafile is None and not (found.capath and any(Path(found.capath).iterdir())):
+        raise LocalError(
+            "this machine trusts no CA; `sudo apt install ca-certificates`, or name the "
+            "broker's CA in a PEM file"
+        )
 
 
 def _load_identity(context: ssl.SSLContext, certificate: Path, key: Path) -> None:
@@ -147,6 +179,23 @@ def explain(error: OSError, *, host: str, port: int) -> Failure:
             "set as it is here?"
         )
     return Failure(f"no connection to {where}: {error.strerror or error}")
+
+
+def explain_refusal(
+    code: int, reason: str, *, where: str, client_id: str, username: str | None, advice: str
+) -> str:
+    """Say what a broker meant that answered CONNECT with `code` (MQTT 5.0 §3.2.2.2; paho turns
+    those of 3.1.1 into these). Some say "not authorised" to a wrong password. `advice`: where a
+    person says otherwise who we are.
+    """
+    if code in _NOT_WHO and username is not None:
+        said = f"the broker at {where} refused the user name {username!r} or its password"
+        return f"{said} ({reason}); {advice or 'correct them'}"
+    said = f"the broker at {where} would not let {client_id!r} in: {reason}"
+    return f"{said}; {advice}" if advice else said
+
+
+_NOT_WHO = (0x86, 0x87)  # bad user name or password; not authorised
 
 
 def explain_tls(text: str, *, where: str) -> Failure:

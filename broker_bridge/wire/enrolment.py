@@ -30,8 +30,10 @@ from broker_bridge.wire.messages import Configured, Enrol, EnrolSecret, ServerId
 from broker_bridge.wire.topics import is_name
 
 __all__ = [
+    "SYSTEM_CA",
     "Bundle",
     "Contact",
+    "Credentials",
     "accept",
     "open_welcome",
     "request",
@@ -39,6 +41,27 @@ __all__ = [
     "sign_server_identity",
     "welcome",
 ]
+
+
+SYSTEM_CA = "system"  # in the place of PEM: the CAs that the device's own system trusts
+
+
+class Credentials(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What a device shows to a broker that midge did not set up. `repr` shows no secret."""
+
+    username: str = ""
+    password: str = ""
+    certificate_pem: str = ""
+    key_pem: str = ""
+    client_id: str = ""  # a pattern, see `envelope.client_id`; empty: midge's own
+
+    @property
+    def says_who(self) -> bool:
+        """Whether the device is somebody else to this broker than to midge's own."""
+        return bool(self.username or self.certificate_pem)
+
+    def __repr__(self) -> str:
+        return f"Credentials({self.username!r})"
 
 
 class Bundle(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -53,9 +76,11 @@ class Bundle(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     server_identity: str  # hex of the signed ServerIdentity
     token: str  # hex, 32 bytes, for one enrolment
     token_expires: str  # for people
-    ca_pem: str
+    ca_pem: str  # or SYSTEM_CA
     bootstrap_certificate_pem: str  # gets into the broker to enrol, for as long as the token lives
     bootstrap_key_pem: str
+    # Absent for midge's own broker, so that a device of an older version reads the bundle.
+    broker: Credentials | msgspec.UnsetType = msgspec.UNSET
 
     def __post_init__(self) -> None:
         if not (is_name(self.federation) and is_name(self.device)):

@@ -28,6 +28,7 @@ from broker_bridge.errors import PeerError
 
 __all__ = [
     "AEAD_TAG_BYTES",
+    "CLIENT_ID",
     "KEY_BYTES",
     "SIGNATURE_BYTES",
     "ChunkKey",
@@ -69,13 +70,18 @@ def fingerprint(public: bytes) -> str:
     return "-".join(digits[start : start + 4] for start in range(0, 16, 4))
 
 
-def client_id(name: str, seed: bytes) -> str:
+CLIENT_ID = "{name}-{random}"
+
+
+def client_id(name: str, seed: bytes, pattern: str = CLIENT_ID) -> str:
     """An MQTT client id that stays the same and that nobody without `seed` can name.
 
     A broker ends the older of two connections with one client id, whatever their
-    certificates: with a guessable id any member could cut off any other.
+    certificates: with a guessable id any member could cut off any other. `pattern`: for a
+    broker with rules of its own about ids.
     """
-    return f"{name}-{sha256(b'midge v1 client id' + seed)[:6].hex()}"
+    random = sha256(b"midge v1 client id" + seed)[:6].hex()
+    return pattern.replace("{name}", name).replace("{random}", random)
 
 
 # ── Signatures ──────────────────────────────────────────────────────────────────────────
