@@ -47,6 +47,7 @@ class PahoLink(PahoSession):
         tls: TlsFiles | None = None,
         username: str | None = None,
         password: str | None = None,
+        advice: str = "",
         will: Message | None = None,
         will_delay_s: int = 0,
         keepalive_s: int = 60,
@@ -75,7 +76,8 @@ class PahoLink(PahoSession):
         once and report success or failure as events. Raises LocalError for bad files.
 
         `packet_bytes_max`, `inflight_max`, `publishes_per_s`: what to hold to where the
-        broker does not say what it takes, or discards what comes faster.
+        broker does not say what it takes, or discards what comes faster. `advice`: what a
+        person changes when it does not let us in.
         """
         context = None if tls is None else client_context(tls)
         link = cls(
@@ -86,6 +88,7 @@ class PahoLink(PahoSession):
                 tls=context,
                 username=username,
                 password=password,
+                advice=advice,
                 will=will,
                 will_delay_s=will_delay_s,
                 keepalive_s=keepalive_s,

@@ -38,7 +38,7 @@ from paho.mqtt.reasoncodes import ReasonCode
 from broker_bridge.limits import LIMITS
 from broker_bridge.link.base import LinkLimits, Message
 from broker_bridge.link.queued_link import GOODBYE_S, MIB, QueuedLink, packet_bytes
-from broker_bridge.link.tls import Failure, explain, explain_tls
+from broker_bridge.link.tls import Failure, explain, explain_refusal, explain_tls
 
 __all__ = ["Connection", "PahoSession", "SessionSettings"]
 
@@ -64,7 +64,8 @@ class SessionSettings:
     client_id: str
     tls: ssl.SSLContext | None = None
     username: str | None = None
-    password: str | None = None
+    password: str | None = field(default=None, repr=False)
+    advice: str = ""  # what a person changes when the broker does not let us in
     will: Message | None = None
     will_delay_s: int = 0
     keepalive_s: int = 60
@@ -429,10 +430,11 @@ class PahoSession(QueuedLink):
             return Failure(
                 f"the broker at {where} does not speak MQTT {self._protocol}", try_older_mqtt=True
             )
-        return Failure(
-            f"the broker at {where} would not let {self._settings.client_id!r} in: {reason}",
-            final=reason.value not in _MAY_PASS,
-        )
+        said = explain_refusal(
+            reason.value, str(reason), where=where, client_id=self._settings.client_id,
+            username=self._settings.username, advice=self._settings.advice,
+        )  # fmt: skip
+        return Failure(said, final=reason.value not in _MAY_PASS)
 
     def _welcome(self, resumed: bool, properties: Properties | None) -> None:
         packet = _packet_bytes_max(properties)
