@@ -28,6 +28,7 @@ __all__ = [
     "DiskFullError",
     "RealDisk",
     "disk_errors",
+    "erase",
     "make_folder",
     "owner_only",
     "sync_folder",
@@ -236,6 +237,22 @@ def make_folder(folder: Path, *, disk: Disk = REAL_DISK) -> None:
     with disk_errors(folder):
         disk.mkdir(folder)
     sync_folder(folder.parent, disk=disk)
+
+
+def erase(path: Path, *, disk: Disk = REAL_DISK) -> None:
+    """Overwrite a file and remove it. Flash memory may keep old blocks all the same.
+
+    Raises LocalError, also for a link.
+    """
+    with disk_errors(path):
+        fd = disk.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            write_all(fd, bytes(disk.size(path)), 0, disk=disk)
+            disk.fsync(fd)
+        finally:
+            disk.close(fd)
+        disk.unlink(path)
+    sync_folder(path.parent, disk=disk)
 
 
 def sync_folder(folder: Path, *, disk: Disk = REAL_DISK) -> None:

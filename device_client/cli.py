@@ -28,7 +28,7 @@ from device_client.agent import Agent
 from device_client.config import EXAMPLE, DeviceConfig
 from device_client.doctor import doctor
 from device_client.eligibility import Rules, Verdict, judge
-from device_client.enrolment import enrol
+from device_client.enrolment import enrol, forget_bundle
 from device_client.identity import Identity
 from device_client.inference import infer, predict
 from device_client.journal import Journal
@@ -74,6 +74,7 @@ def enrol_command(bundle: Path, folder: Path, wait_s: float, as_json: bool) -> N
       midge-device enrol ward-3.bundle --dir ./ward-3
     """
     found = _enrol(bundle, folder, wait_s)
+    _forget(bundle, folder, found)
     if as_json:
         click.echo(json.dumps(_facts(found)))
     else:
@@ -128,13 +129,17 @@ def run(
     _look_for(settings.data)
     show_log(settings.log)
     identity = identities.load(folder)
-    if identity is None and bundle is not None:
+    if identity is None and bundle is not None and bundle.exists():
         identity = _enrol(bundle, folder, 600.0)
         _log.info("enrolled as %s, fingerprint %s", identity.scope, identity.keys.fingerprint)
     if identity is None:
+        also = f", and {bundle} is not there" if bundle is not None else ""
         raise LocalError(
-            f"{folder} holds no enrolled device; run `midge-device enrol BUNDLE --dir {folder}`"
+            f"{folder} holds no enrolled device{also}; run "
+            f"`midge-device enrol BUNDLE --dir {folder}`"
         )
+    if bundle is not None:
+        _forget(bundle, folder, identity)
     stopped = stop_on_signals()  # from here on: until now there was nothing to end in order
     if not (folder / "device.toml").exists():
         with contextlib.suppress(LocalError):  # it is for reading; a full disk stops nobody
@@ -313,6 +318,15 @@ def _enrol(bundle: Path, folder: Path, wait_s: float) -> Identity:
     return enrol(
         identities.read_bundle(bundle), folder, software=f"midge {version('midge')}", wait_s=wait_s
     )
+
+
+def _forget(bundle: Path, folder: Path, identity: Identity) -> None:
+    """Erase a bundle that has done its work. A disk that refuses stops nobody."""
+    try:
+        if forget_bundle(bundle, folder, identity):
+            _log.info("%s has done its work, and is erased", bundle)
+    except LocalError as error:
+        _log.warning("a bundle that has done its work cannot be erased: %s", error)
 
 
 def _host_port(broker: str | None) -> tuple[str | None, int | None]:

@@ -123,6 +123,7 @@ def _secrets(folder: Path) -> Iterator[Path]:
     yield folder / "enrolling.json"
     yield folder / "tls" / "device.key"
     yield folder / "tls-bootstrap" / "device.key"
+    yield folder / "device.bundle"
     yield folder / "outbox" / "update.sealed"
 
 

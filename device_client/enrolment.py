@@ -2,13 +2,18 @@
 
 Asks again every few seconds until it is answered or time is over; the server gives
 the same answer to the same keys, so a lost answer or a power cut costs nothing.
+
+Once the identity is on the disk nothing needs the bundle: `forget_bundle` erases the one that
+an installation put into the device's folder.
 """
 
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from broker_bridge.disk import erase
 from broker_bridge.errors import LinkError, LocalError, PeerError
 from broker_bridge.link.base import Message
 from broker_bridge.link.paho_link import PahoLink
@@ -20,7 +25,7 @@ from broker_bridge.wire.topics import Topics
 from device_client import identity
 from device_client.identity import Identity, Keys
 
-__all__ = ["enrol"]
+__all__ = ["enrol", "forget_bundle"]
 
 _ASK_AGAIN_S = 3.0
 
@@ -150,3 +155,19 @@ def _understand(
         return identity.enrolled(bundle, keys, configured, server)
     except PeerError:
         return None  # forged, or for another: not worth ending the wait
+
+
+def forget_bundle(path: Path, folder: Path, enrolled: Identity) -> bool:
+    """Overwrite and remove the bundle of `enrolled`, and what TLS had of it; say whether it did.
+
+    A bundle outside of `folder` is left alone, as somebody's own file; so is another bundle than
+    the one this identity came from, which somebody may have put there to enrol anew.
+    Raises LocalError.
+    """
+    shutil.rmtree(folder / "tls-bootstrap", ignore_errors=True)
+    if path.parent.resolve() != folder.resolve() or path.is_symlink() or not path.exists():
+        return False
+    if bytes.fromhex(identity.read_bundle(path).token) != enrolled.psk:
+        return False
+    erase(path)
+    return True

@@ -13,6 +13,7 @@ import pytest
 from broker_bridge.disk import (
     DiskFullError,
     disk_errors,
+    erase,
     sync_folder,
     write_all,
     write_atomic,
@@ -62,6 +63,21 @@ def test_a_link_in_the_place_of_the_new_file_is_not_followed(tmp_path: Path) -> 
     write_atomic(tmp_path / "model", b"yours")
     assert victim.read_bytes() == b"mine"
     assert not (tmp_path / "model").is_symlink()
+
+
+def test_what_is_erased_is_overwritten_and_gone_and_no_link_is_followed(tmp_path: Path) -> None:
+    path, other_name, link = (tmp_path / name for name in ("secret", "same file", "link"))
+    path.write_bytes(b"token" * 1000)
+    other_name.hardlink_to(path)
+    link.symlink_to(path)
+    with pytest.raises(LocalError, match="link"):
+        erase(link)
+    assert path.read_bytes() == b"token" * 1000
+    erase(path)
+    assert not path.exists()
+    assert other_name.read_bytes() == bytes(5000)
+    with pytest.raises(LocalError, match="no such file"):
+        erase(path)
 
 
 def test_a_missing_folder_is_named_with_what_to_do(tmp_path: Path) -> None:

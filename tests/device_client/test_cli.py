@@ -181,6 +181,47 @@ def test_keys_that_got_no_answer_are_sent_again(served, tmp_path):
     assert not (folder / "enrolling.json").exists()
 
 
+def test_a_bundle_in_the_devices_folder_is_erased_once_it_has_enrolled(served):
+    folder = served.folder / "tidy"
+    folder.mkdir()
+    inside, elsewhere = folder / "device.bundle", bundle_of(served, "tidy")
+    shutil.copy(elsewhere, inside)
+    # Another name of the same file: what was in it is gone, not only what it was called.
+    (served.folder / "same-file").hardlink_to(inside)
+    device = served.device("tidy", "--bundle", str(inside))
+    device.wait_for("has done its work, and is erased")
+    assert not inside.exists()
+    assert set((served.folder / "same-file").read_bytes()) == {0}
+    assert not (folder / "tls-bootstrap").exists()
+    assert elsewhere.exists(), "a person's own file is not ours to remove"
+    # An older version left it there: the next start removes it, and needs it no more.
+    device.terminate()
+    shutil.copy(elsewhere, inside)
+    device = served.device("tidy", "--bundle", str(inside))
+    wait_until(lambda: served.state_of("tidy").get("state") == "ready", "it is back")
+    assert not inside.exists()
+    assert said("doctor", "--dir", folder, "--data", served.samples("tidy")).returncode == 0
+
+
+def test_a_bundle_that_is_not_the_one_it_enrolled_with_is_kept(served, tmp_path):
+    folder = tmp_path / "ward-4"
+    assert said("enrol", bundle_of(served, "ward-4"), "--dir", folder).returncode == 0
+    other = folder / "device.bundle"
+    shutil.copy(bundle_of(served, "ward-5"), other)
+    before = other.read_bytes()
+    refused = said("enrol", other, "--dir", folder)
+    is_refusal(refused, "belongs to demo/ward-4")
+    device = served.device("ward-4", "--dir", str(folder), "--bundle", str(other))
+    device.wait_for("connected to the broker")
+    assert other.read_bytes() == before
+
+
+def test_a_device_that_has_neither_keys_nor_bundle_says_so(alone, tmp_path):
+    source = write_samples(tmp_path / "s.npz", seed=1)
+    done = said("run", "--dir", tmp_path / "new", "--bundle", tmp_path / "none", "--data", source)
+    is_refusal(done, "no enrolled device", "none is not there", "midge-device enrol")
+
+
 def test_status_is_json_that_says_what_the_device_does(served, tmp_path):
     served.enrol("busy")
     served.device("busy")

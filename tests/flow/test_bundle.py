@@ -59,6 +59,7 @@ def test_a_bundle_is_installed_enrols_trains_and_is_upgraded(fleet, tmp_path, ro
     try:
         agent.start()
         wait_until((state / "identity.json").exists, "the device enrols")
+        wait_until(lambda: not (state / "device.bundle").exists(), "its bundle is erased")
         fleet.start_run(rounds=1, target=1, quorum=1)
         wait_until(lambda: len(fleet.model_files()) > 1, "a model of a round")
         agent.program.terminate()

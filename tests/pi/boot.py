@@ -41,8 +41,11 @@ CUT_IN = 2  # the round in which the power goes
 class Story:
     """One card, from being written to its second life."""
 
-    def __init__(self, release: Release, folder: Path, copies: int) -> None:
+    def __init__(
+        self, release: Release, folder: Path, *, copies: int = 1, fail_first: bool = False
+    ) -> None:
         self.release = release
+        self.fail_first = fail_first
         self.folder = folder
         self.copies = copies
         self.figures: dict[str, Any] = {"system": release.suite}
@@ -87,9 +90,11 @@ class Story:
         self.note("midge flash, s", time.monotonic() - began)
 
     def first_life(self, board: Board) -> None:
+        if self.fail_first:
+            self.failed_life(board)
         on, on_at = time.monotonic(), time.time()
         board.power_on()
-        if not self.release.cloud_init:
+        if not self.release.cloud_init and not self.fail_first:
             board.wait_until_off(GIVE_UP_S)  # firstrun.sh ran, and systemd reboots
             assert "systemd.run" not in (board.card.read("cmdline.txt") or b"").decode()
             self.note("power-on to the reboot after firstrun.sh, s", time.monotonic() - on)
@@ -103,6 +108,7 @@ class Story:
         self.note("power-on to enrolled, s", before[1] - on_at)
         self.note("fingerprint", before[0])
         self.before = before
+        board.wait_for("has done its work, and is erased", "its bundle is erased", GIVE_UP_S)
         self.fleet.start_run(rounds=ROUNDS, target=1, quorum=1, deadline_s=2 * GIVE_UP_S)
         self.wait_for_models(2, board)
         self.note("power-on to the first accepted update, s", time.monotonic() - on)
@@ -113,6 +119,27 @@ class Story:
         assert len(self.fleet.model_files()) == CUT_IN, "the round was over before the power went"
         board.cut_power()
         self.note_memory(board.said)
+
+    def failed_life(self, board: Board) -> None:
+        """A card with a damaged file, and what is left to do when the file is as it was."""
+        name = "midge/uninstall.sh"
+        right = board.card.read(name) or b""
+        board.card.write({name: right[:-9] + b"# damage\n"})
+        board.power_on()
+        if not self.release.cloud_init:
+            board.wait_until_off(GIVE_UP_S)
+            board.power_on()
+        board.wait_for(r"Failed to start midge-first-boot", "the installation fails", GIVE_UP_S)
+        board.wait_for(r"a file was damaged", "the journal has the reason", GIVE_UP_S)
+        board.wait_for(r"Startup finished", "the rest of the system has started", GIVE_UP_S)
+        time.sleep(15.0)
+        assert board.said.count("Starting midge-first-boot") == 1, "it is tried once in a boot"
+        board.cut_power()
+        log = (board.card.read("midge/log/install.txt") or b"").decode()
+        assert log.endswith("tried again at the next boot\n"), log
+        assert board.card.read("midge/device.bundle"), "the next boot needs it"
+        self.note("installation with a damaged file", "failed, once in that boot")
+        board.card.write({name: right})
 
     def second_life(self, board: Board) -> None:
         on = time.monotonic()
@@ -165,11 +192,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--system", choices=("bookworm", "trixie"), default="bookworm")
     parser.add_argument("--copies", type=int, default=1, help="so many times one person's samples")
+    parser.add_argument("--fail-first", action="store_true", help="damage a file at first")
     chosen = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and end what was started
     folder = Path(tempfile.mkdtemp(prefix="midge-boot-"))
     print(f"{chosen.system}: logs in {folder}", flush=True)
-    story = Story({"bookworm": BOOKWORM, "trixie": TRIXIE}[chosen.system], folder, chosen.copies)
+    release = {"bookworm": BOOKWORM, "trixie": TRIXIE}[chosen.system]
+    story = Story(release, folder, copies=chosen.copies, fail_first=chosen.fail_first)
     try:
         story.tell()
     except CannotFetchError as error:

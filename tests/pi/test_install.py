@@ -96,6 +96,8 @@ def test_a_bundle_is_installed_on_a_pi_enrols_and_trains(
     try:
         identity = board.root / "var/lib/midge/identity.json"
         wait_until(identity.exists, "the device enrols", 300.0)
+        bundle = board.root / "var/lib/midge/device.bundle"
+        wait_until(lambda: not bundle.exists(), "its bundle is erased", 300.0)
         fleet.start_run(rounds=1, target=1, quorum=1, deadline_s=600)
         wait_until(lambda: len(fleet.model_files()) > 1, board.log.read_text(), 300.0)
     finally:

@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import os
+import shutil
 import subprocess
 import sys
 
@@ -10,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from broker_bridge.errors import LocalError
-from server.fleet.flash import flashing
+from server.fleet.flash import firstboot, flashing
 from server.fleet.flash.card import FolderCard, ImageCard
 from server.fleet.flash.diagnosis import diagnose
-from server.fleet.flash.firstboot import Login, wifi
+from server.fleet.flash.firstboot import Login, Wifi, wifi
 from server.fleet.flash.flashing import Settings
 from server.fleet.flash.parcel import file_of_ours, parcel, settings_text
 from server.fleet.flash.wheelhouse import cache_folder
@@ -135,8 +137,12 @@ def test_a_first_boot_that_fails_is_tried_again_and_then_no_secret_is_left(folde
     root = tmp_path / "root"
     boot = ["sh", str(folder / "midge" / "first-boot.sh"), str(root)]
     (folder / "midge" / "uninstall.sh").write_text("something else\n")
-    subprocess.run(boot, check=True)
+    failed = subprocess.run(boot, capture_output=True, text=True, check=False)
+    assert failed.returncode == 1, "systemd must see it"
+    assert failed.stdout == (folder / "midge/log/install.txt").read_text(), "the journal, too"
     assert "damaged" in findings(folder)["installation"].found
+    # The network is joined already, so its key has done its work, whatever else failed.
+    assert WIFI.psk.encode() not in b"".join(cards.tree_of(folder).values())
     # What the next boot needs is still there.
     assert (folder / "midge" / "device.bundle").read_bytes() == TOKEN
     (folder / "midge" / "uninstall.sh").write_bytes(file_of_ours("uninstall.sh"))
@@ -159,6 +165,87 @@ def test_a_first_boot_that_fails_is_tried_again_and_then_no_secret_is_left(folde
     found = findings(folder)
     assert [f.level for f in found.values()] == ["ok", "ok", "ok", "ok", "warning"]
     assert "not reported yet" in found["report"].found
+
+
+POWER_CUT = """#!/bin/sh
+# Stands in for sync: at the call of a certain number the machine has no power any more.
+count=$(($(cat "$COUNT") + 1))
+echo $count >"$COUNT"
+if [ $count = "$CUT_AT" ]; then kill -9 0; fi
+"""
+
+
+@pytest.fixture(scope="module")
+def ready_root(tmp_path_factory):
+    """A device's file system, on which the software is unpacked already: that takes longest."""
+    place = tmp_path_factory.mktemp("ready")
+    card = cards.make_folder(place / "bootfs", cards.TRIXIE)
+    flash(FolderCard(card), targets=(cards.target_of_this_machine(),))
+    install = ["sh", str(card / "midge" / "install.sh"), "--root", str(place / "root")]
+    subprocess.run(install, check=True)
+    shutil.rmtree(place / "root" / "var")
+    return place / "root"
+
+
+@pytest.mark.parametrize("cut_at", range(1, 8))
+def test_a_power_cut_at_any_moment_of_the_first_boot_ends_in_a_clean_card(
+    folder, tmp_path, ready_root, cut_at
+):
+    flash(FolderCard(folder), targets=(cards.target_of_this_machine(),))
+    root = tmp_path / "root"
+    shutil.copytree(ready_root, root, symlinks=True, copy_function=os.link)
+    programs, count = tmp_path / "bin", tmp_path / "count"
+    cards.make_folder(programs, {"sync": POWER_CUT.encode()})
+    (programs / "sync").chmod(0o755)
+    count.write_text("0\n")
+    script = ["sh", str(folder / "midge" / "first-boot.sh"), str(root)]
+    environment = {"PATH": f"{programs}:{os.environ['PATH']}", "COUNT": str(count)}
+    cut = subprocess.run(
+        script, env=environment | {"CUT_AT": str(cut_at)}, check=False, start_new_session=True
+    )
+    assert cut.returncode == -9
+    if (folder / "midge" / "first-boot.sh").exists():  # or all was done but the last sync
+        subprocess.run(script, check=True)
+    assert (folder / "midge/log/install.txt").read_text().endswith("result: installed\n")
+    assert (root / "var/lib/midge/device.bundle").read_bytes() == TOKEN
+    left = b"".join(cards.tree_of(folder).values())
+    for secret in (TOKEN.strip(), b"samples of one person", WIFI.psk.encode()):
+        assert secret not in left
+    assert [f.level for f in findings(folder).values()][:4] == ["ok"] * 4
+
+
+def test_the_wifis_key_is_written_over_where_it_is(folder):
+    """One sector of the card, so that cloud-init finds the old file or the new, and never none."""
+    flash(FolderCard(folder), targets=(cards.target_of_this_machine(),))
+    network = folder / "network-config"
+    before, inode = network.read_bytes(), network.stat().st_ino
+    (folder / "midge" / "install.sh").write_text("exit 1\n")
+    script = ["sh", str(folder / "midge" / "first-boot.sh"), str(folder / "root")]
+    assert subprocess.run(script, capture_output=True, check=False).returncode == 1
+    after = network.read_bytes()
+    assert (len(after), network.stat().st_ino) == (len(before), inode)
+    assert WIFI.psk.encode() not in after
+    longest = Wifi("\N{GREEK SMALL LETTER OMEGA}" * 16, "GB", "ab" * 32, hidden=True)
+    assert len(firstboot.network_config(longest).encode()) <= 512
+
+
+def test_a_card_that_became_read_only_installs_and_says_what_is_left(folder, tmp_path):
+    flash(FolderCard(folder), targets=(cards.target_of_this_machine(),))
+    root = tmp_path / "root"
+    # As root nothing else is refused: a read-only mount, in a namespace of its own.
+    script = (
+        'mount --bind "$1" "$1" && mount -o remount,bind,ro "$1" && '
+        'exec sh "$1/midge/first-boot.sh" "$2"'
+    )
+    done = subprocess.run(
+        ["unshare", "--mount", "--map-root-user", "sh", "-c", script, "sh", str(folder), str(root)],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if "unshare failed" in done.stderr:
+        cards.leave_out(f"no namespaces here: {done.stderr}")
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "secrets are still on the boot partition" in done.stdout
+    assert (root / "var/lib/midge/device.bundle").read_bytes() == TOKEN
 
 
 @pytest.mark.parametrize(
