@@ -191,7 +191,7 @@ def signed(world, kind, message, *, key=None, scope="demo/ann"):
 
 def test_a_forged_receipt_is_ignored(world, device):
     uploading(world, device)
-    upload = device._participant._outbox.upload
+    upload = device._outbox.load().upload
     ack = Ack(round=1, upload=upload, status="accepted")
     forgeries = [
         signed(world, "ack", ack, key=SignKey.from_seed(random_bytes(32))),
@@ -225,7 +225,7 @@ def test_a_forged_busy_does_not_send_a_device_away(world, device):
 
 def test_a_bitmap_of_the_wrong_length_does_not_stop_a_device(world, device):
     uploading(world, device)
-    need = Need(upload=device._participant._outbox.upload, bitmap=b"\xff" * 500)
+    need = Need(upload=device._outbox.load().upload, bitmap=b"\xff" * 500)
     tell_device(world, TOPICS.down("ann", "need"), signed(world, "need", need))
     assert device.rejects == {"bad_bitmap": 1}
     completes(world)

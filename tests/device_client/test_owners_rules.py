@@ -8,6 +8,7 @@ from broker_bridge.task.taskfile import decode_task
 from broker_bridge.wire import weights
 from broker_bridge.wire.messages import Join
 from device_client import model as models
+from device_client.duties.keeping import KEEP_S
 from device_client.eligibility import Readings, Rules, judge
 from device_client.events import (
     Discard,
@@ -18,14 +19,16 @@ from device_client.events import (
     LinkUp,
     Remember,
     Room,
+    Sealed,
     Send,
     SendChunks,
     Stop,
     Tick,
     Train,
+    Trained,
 )
 from device_client.model import Model
-from device_client.participant import KEEP_S, State
+from device_client.participant import State
 from tests.device_client.test_participant import (
     CHUNKS,
     MODEL,
@@ -104,8 +107,7 @@ def test_a_round_that_ends_meanwhile_is_over_for_it() -> None:
 
 
 def test_many_that_may_work_again_at_one_hour_do_not_come_at_once() -> None:
-    made = device()
-    made._draw = lambda: 0.5
+    made = device(draw=lambda: 0.5)
     made.step(HOT)
     made.step(opening(jitter_s=40.0))
     made.step(Tick(100.0))
@@ -152,9 +154,8 @@ def accepted(**options):
     made.step(go_for(ROUND))
     made.step(Fetched("task", TASK.digest))
     assert made.step(Fetched("model", MODEL.digest))[1:] == [Keep(1, 1)]
-    made.step(LinkUp(8192, 20))
-    made.state = State.UPLOADING
-    made._outbox = commit_for(ROUND)
+    made.step(Trained(1))
+    made.step(Sealed(commit_for(ROUND)))
     assert Discard(UPLOAD) in made.step(receipt("accepted"))
     return made
 
@@ -183,6 +184,13 @@ def test_the_next_round_comes_before_a_model_to_keep() -> None:
     assert made.state is State.JOINING
     made.step(go_for(opening(2, model_version=2)))
     assert kinds(made.step(Fetched("model", MODEL.digest))) == [Train, Keep]
+
+
+def test_an_opening_that_is_heard_again_does_not_stop_a_model_to_keep() -> None:
+    made = accepted()
+    made.step(closing(1, model_version=2))
+    assert made.step(ROUND) == []
+    assert made.step(Fetched("model", MODEL.digest)) == [Keep(2, 1)]
 
 
 def test_a_model_to_keep_that_never_comes_is_given_up() -> None:

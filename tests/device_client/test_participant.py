@@ -24,6 +24,7 @@ from broker_bridge.wire.messages import (
     Report,
     Settings,
 )
+from device_client.duties.asking import SILENCE_S, TRIES_MAX
 from device_client.events import (
     Announced,
     Answered,
@@ -54,7 +55,7 @@ from device_client.events import (
     Train,
     Trained,
 )
-from device_client.participant import SILENCE_S, TRIES_MAX, Participant, State
+from device_client.participant import Participant, State
 
 TASK = Blob(digest=b"t" * 32, total_bytes=5000, body_bytes=1000)
 MODEL = Blob(digest=b"m" * 32, total_bytes=4000, body_bytes=1000)
@@ -137,8 +138,7 @@ def device(memory: Memory | None = None, **options) -> Participant:
         "ward-3",
         memory=memory or Memory(),
         samples=5,
-        draw=lambda: 0.0,
-        **{"fleet_epochs": FIRST} | options,
+        **{"fleet_epochs": FIRST, "draw": lambda: 0.0} | options,
     )
     made.step(Tick(1.0))
     made.step(LinkUp(8192, 20))
@@ -344,9 +344,8 @@ def test_new_keys_that_were_wanted_are_wanted_until_they_hold() -> None:
 
 def test_an_update_that_old_keys_sealed_is_given_up_when_new_keys_hold() -> None:
     made = at(State.UPLOADING)
-    upload = made._outbox.upload  # type: ignore[union-attr]
     effects = made.step(Renewed(frozenset({1}), keys=True))
-    assert effects[0] == Discard(upload)
+    assert effects[0] == Discard(UPLOAD)
     assert kinds(effects) == [Discard, Send]
     assert made.state is State.JOINING
 
@@ -750,7 +749,7 @@ any_event = st.one_of(
 )
 
 
-def what_would_help(made: Participant, now_s: float, last: Announced | None) -> list:
+def what_would_help(made: Participant, now_s: float, last: Announced | None, given: bytes) -> list:
     """The events that take the round forward from here, so that chance gets far."""
     if last is None or made.state is State.IDLE:
         return OPENINGS
@@ -759,7 +758,7 @@ def what_would_help(made: Participant, now_s: float, last: Announced | None) -> 
         State.JOINING: [go_for(last, u) for u in UPLOADS],
         State.FETCHING: [Fetched("task", TASK.digest), Fetched("model", MODEL.digest)],
         State.TRAINING: [Trained(made.round)],
-        State.SEALING: [Sealed(commit_for(last, made._go.upload if made._go else UPLOAD))],
+        State.SEALING: [Sealed(commit_for(last, given))],
         State.UPLOADING: [need(1, 3), Room(2), Room(2), receipt("accepted", number=made.round)],
         State.EVALUATING: [Evaluated(n, 5, {}) for n in (1, 2, 3, 4)],
     }[made.state]
@@ -781,10 +780,11 @@ def test_any_event_in_any_state_gives_legal_effects_or_a_peer_error(data, role, 
     asked_for: dict[bytes, set[int]] = {}
     sealed: list[int] = []
     last: Announced | None = None
+    given = UPLOAD
     now_s = 0.0
     for _ in range(data.draw(st.integers(1, 30))):
         if data.draw(st.integers(0, 2)):
-            event = data.draw(st.sampled_from(what_would_help(made, now_s, last)))
+            event = data.draw(st.sampled_from(what_would_help(made, now_s, last, given)))
         else:
             event = data.draw(any_event)
         before = made.memory
@@ -817,8 +817,9 @@ def test_any_event_in_any_state_gives_legal_effects_or_a_peer_error(data, role, 
             match effect:
                 case SendChunks(upload, indices):
                     assert set(indices) <= asked_for.get(upload, set()), "nobody asked for it"
-                case Seal(announcement):
+                case Seal(announcement, _, go):
                     sealed.append(announcement.round)
+                    given = go.upload
                 case Train() | Seal() | Send(message=Join()):
                     assert role == "train"
     assert len(sealed) == len(set(sealed)), "one update for one round"
