@@ -16,14 +16,13 @@ from broker_bridge.console import run_command, show_log, stop_on_signals
 from broker_bridge.disk import write_atomic
 from broker_bridge.errors import LocalError
 from broker_bridge.link.base import Link, Message
-from broker_bridge.link.paho_link import PahoLink
 from broker_bridge.systemd import Supervisor, unit_file
 from broker_bridge.wire import messages
-from broker_bridge.wire.envelope import client_id
 from broker_bridge.wire.messages import Presence
 from broker_bridge.wire.topics import Topics
 from device_client import identity as identities
 from device_client import model as models
+from device_client.access import access_to_work
 from device_client.agent import Agent
 from device_client.config import EXAMPLE, DeviceConfig
 from device_client.doctor import doctor
@@ -144,7 +143,7 @@ def run(
     if not (folder / "device.toml").exists():
         with contextlib.suppress(LocalError):  # it is for reading; a full disk stops nobody
             write_atomic(folder / "device.toml", EXAMPLE.encode())
-    _run(identity, folder, settings, stopped.is_set)
+    _run(identity, folder, settings, path, stopped.is_set)
 
 
 def _look_for(source: str) -> None:
@@ -156,19 +155,22 @@ def _look_for(source: str) -> None:
 
 
 def _run(
-    identity: Identity, folder: Path, settings: DeviceConfig, stopped: Callable[[], bool]
+    identity: Identity,
+    folder: Path,
+    settings: DeviceConfig,
+    path: Path,
+    stopped: Callable[[], bool],
 ) -> None:
+    """`path`: the file that the settings are from."""
     journal = Journal(folder)
     boot = journal.boot()
 
     def connect(who: Identity) -> Link:
         lost = Presence(state="lost", boot=boot, role=settings.role)
         topic = Topics(who.federation).state(who.device)
-        return PahoLink.open(
-            settings.broker_host or who.broker_host,
-            settings.broker_port or who.broker_port,
-            client_id=client_id(who.device, who.keys.tls_seed),
-            tls=identities.tls_files(folder, who),
+        return access_to_work(folder, who, settings, path).open(
+            who.device,
+            seed=who.keys.tls_seed,
             will=Message(topic, messages.encode_json(lost), retained=True),
             keepalive_s=settings.keepalive_s,
             protocol=settings.mqtt,

@@ -6,6 +6,7 @@ import msgspec
 from msgspec import Meta
 
 from broker_bridge.limits import LIMITS
+from broker_bridge.link.access import Login
 from device_client.eligibility import Rules
 
 __all__ = ["EXAMPLE", "DeviceConfig"]
@@ -18,6 +19,7 @@ class DeviceConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     role: Literal["train", "evaluate"] = "train"
     broker_host: str = ""
     broker_port: Annotated[int, Meta(ge=0, le=65_535)] = 0
+    broker: Login = Login()
     keepalive_s: Annotated[int, Meta(ge=10, le=65_535)] = 60
     mqtt: Literal["auto", "5.0", "3.1.1"] = "auto"
     packet_bytes_max: Annotated[
@@ -99,4 +101,14 @@ EXAMPLE = """\
 # hours = []               # ["22:00-06:00"]: then only
 # samples_min = 0
 # unless_file = ""         # "/run/in-use": not while this file is there
+
+# What a broker that midge did not set up wants, when it is not what the bundle said: a new
+# password, for example. Paths begin in this file's folder; passwords and keys are of mode 0600.
+[broker]
+# ca = "system"                  # or a PEM file
+# username = "{name}"            # {name}: this device's
+# password_file = "broker.password"
+# certificate = "broker.pem"     # a client certificate that the broker knows, and its key
+# key = "broker.key"
+# client_id = "{name}-{random}"
 """

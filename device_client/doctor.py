@@ -15,16 +15,20 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import click
+from msgspec import UNSET
 
 from broker_bridge import checkup
 from broker_bridge.checkup import Finding, guarded
 from broker_bridge.config import load_config
 from broker_bridge.disk import disk_errors
 from broker_bridge.errors import LocalError, MidgeError
+from broker_bridge.link.access import Access
 from broker_bridge.link.inspection import Broker, certificate, certificate_dates
 from broker_bridge.task.taskfile import Plan, decode_plan
+from broker_bridge.wire.enrolment import SYSTEM_CA
 from broker_bridge.wire.topics import Topics
 from device_client import identity as identities
+from device_client.access import access_to_work
 from device_client.config import DeviceConfig
 from device_client.identity import Identity
 from device_client.journal import Journal
@@ -37,6 +41,9 @@ _DAY_S = 86_400.0
 _REPLACE = (
     "if it is renewed no more by itself, on the server: `midge device replace NAME`; here, in "
     "a new folder: `midge-device enrol NAME.bundle`"
+)
+_ASK_FOR_ANOTHER = (
+    "get another from whoever runs the broker, and name it under [broker] in device.toml"
 )
 _ENROL = "on the server: `midge device add NAME`; here: `midge-device enrol NAME.bundle`"
 
@@ -111,10 +118,12 @@ def _clock(now: datetime, identity: Identity | None) -> Iterator[Finding]:
 
 
 def _made(identity: Identity | None) -> datetime | None:
-    """When the federation's CA began to be valid."""
+    """When the federation's CA began to be valid, or this device's certificate of it."""
     if identity is not None:
+        is_ours = identity.broker is UNSET and identity.ca_pem != SYSTEM_CA
         with contextlib.suppress(LocalError):
-            return certificate_dates(identity.ca_pem.encode())[0]
+            pem = identity.ca_pem if is_ours else identity.certificate_pem
+            return certificate_dates(pem.encode())[0]
     return None
 
 
@@ -213,18 +222,32 @@ def _cached_task(folder: Path) -> Plan | None:
 def _broker(
     folder: Path, identity: Identity, settings: DeviceConfig, now: datetime
 ) -> Iterator[Finding]:
-    tls = identities.tls_files(folder, identity)
-    for name, path in (("ca", tls.ca), ("device", tls.certificate or tls.ca)):
-        floor = datetime.fromtimestamp(identity.floor_s, UTC)
-        yield from certificate(f"cert {name}", path, max(now, floor), renew=_REPLACE)
-    broker = Broker(
-        settings.broker_host or identity.broker_host,
-        settings.broker_port or identity.broker_port,
-        tls,
-    )
+    try:
+        access = access_to_work(folder, identity, settings, folder / "device.toml")
+    except LocalError as error:
+        said, _, advice = str(error).partition("; ")
+        yield Finding("login", "problem", said, advice or "correct [broker] in device.toml")
+        return
+    yield from _shown(identity, access, now)
+    broker = Broker(access, identity.device)
     reached = list(guarded("broker", broker.reach))
     yield from reached
     if any(finding.level == "problem" for finding in reached):
         return
     round_topic = Topics(identity.federation).round
-    yield from guarded("access rules", lambda: broker.access(forbidden=round_topic))
+    yield from guarded("access rules", lambda: broker.access_ruled(forbidden=round_topic))
+
+
+def _shown(identity: Identity, access: Access, now: datetime) -> Iterator[Finding]:
+    """What this device and the broker show to each other."""
+    if access.username is not None:
+        yield Finding("login", "ok", f"this device is {access.username!r} to {access.host}")
+    floor = datetime.fromtimestamp(identity.floor_s, UTC)
+    for name, path, own in (
+        ("ca", access.tls.ca, identity.ca_pem),
+        ("device", access.tls.certificate, identity.certificate_pem),
+    ):
+        if path is not None:
+            with disk_errors(path):
+                renew = _REPLACE if path.read_text() == own else _ASK_FOR_ANOTHER
+            yield from certificate(f"cert {name}", path, max(now, floor), renew=renew)

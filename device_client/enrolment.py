@@ -19,10 +19,11 @@ from broker_bridge.link.base import Message
 from broker_bridge.link.paho_link import PahoLink
 from broker_bridge.wire import enrolment, messages
 from broker_bridge.wire.enrolment import Bundle
-from broker_bridge.wire.envelope import KEY_BYTES, KemKey, client_id, random_bytes
+from broker_bridge.wire.envelope import KEY_BYTES, KemKey, random_bytes
 from broker_bridge.wire.messages import Refused, ServerIdentity, Welcome
 from broker_bridge.wire.topics import Topics
 from device_client import identity
+from device_client.access import access_to_enrol
 from device_client.identity import Identity, Keys
 
 __all__ = ["enrol", "forget_bundle"]
@@ -61,11 +62,9 @@ def enrol(
     root = bytes.fromhex(bundle.root_public)
     signed = bytes.fromhex(bundle.server_identity)
     server = enrolment.server_identity(root, bundle.federation, signed)
-    link = PahoLink.open(
-        bundle.broker_host,
-        bundle.broker_port,
-        client_id=client_id(bundle.device, keys.tls_seed),
-        tls=identity.bootstrap_files(folder, bundle),
+    link = access_to_enrol(folder, bundle).open(
+        bundle.device,
+        seed=keys.tls_seed,
         session_s=0,
         wait_s=wait_s,
         **(link_options or {}),

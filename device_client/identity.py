@@ -4,6 +4,7 @@
     enrolling.json   the keys of an enrolment that has no answer yet
     renewing.json    new keys that the server has not confirmed yet
     tls/             the PEM files that TLS wants, written again from identity.json
+                     (where a broker of somebody else's wants a password, it is in there, too)
 
 The keys are made here and their secret halves never leave this folder. A power cut
 in mid-enrolment loses nothing: the same keys are sent again.
@@ -15,12 +16,12 @@ from pathlib import Path
 from typing import Annotated, TypeVar
 
 import msgspec
-from msgspec import Meta
+from msgspec import UNSET, Meta, UnsetType
 
 from broker_bridge.disk import REAL_DISK, Disk, disk_errors, make_folder, write_atomic
 from broker_bridge.errors import LocalError, PeerError
 from broker_bridge.link.tls import TlsFiles
-from broker_bridge.wire.enrolment import Bundle, Contact, server_identity
+from broker_bridge.wire.enrolment import SYSTEM_CA, Bundle, Contact, Credentials, server_identity
 from broker_bridge.wire.envelope import KEY_BYTES, KemKey, SignKey, fingerprint, random_bytes
 from broker_bridge.wire.messages import Configured, ServerIdentity
 from broker_bridge.wire.topics import is_name
@@ -111,8 +112,10 @@ class Identity(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     fleet_epoch: int
     fleet_key: Key
     former: tuple[FleetKey, ...] = ()  # an open round keeps the key that it began with
-    ca_pem: str
+    ca_pem: str  # or SYSTEM_CA
     certificate_pem: str
+    # What a broker that midge did not set up wants instead of that certificate.
+    broker: Credentials | UnsetType = UNSET
     certified_until: int = 0  # names the certificate; nothing here compares it with a clock
     floor_s: float = 0.0  # it is later than this: the server said so, signed
 
@@ -206,6 +209,7 @@ def enrolled(
         fleet_key=configured.fleet_key,
         former=() if former is None else (FleetKey(former.epoch, former.key),),
         ca_pem=bundle.ca_pem,
+        broker=bundle.broker,
         certificate_pem=configured.certificate_pem,
         certified_until=configured.certified_until,
         floor_s=configured.issued_at,
@@ -285,20 +289,14 @@ def _read(path: Path, kind: type[T], disk: Disk) -> T:
 def tls_files(folder: Path, identity: Identity) -> TlsFiles:
     """Write the PEM files for TLS and say where they are."""
     key = _pem("PRIVATE KEY", _PKCS8_ED25519 + identity.keys.tls_seed)
-    return _write_pem(
-        folder / "tls", identity.ca_pem, identity.certificate_pem, key, floor_s=identity.floor_s
-    )
+    own = identity.certificate_pem, key
+    return _write_pem(folder / "tls", identity.ca_pem, own, identity.broker, identity.floor_s)
 
 
 def bootstrap_files(folder: Path, bundle: Bundle) -> TlsFiles:
     """The same for the bundle's certificate, which gets in only to enrol."""
-    return _write_pem(
-        folder / "tls-bootstrap",
-        bundle.ca_pem,
-        bundle.bootstrap_certificate_pem,
-        bundle.bootstrap_key_pem,
-        floor_s=0.0,
-    )
+    own = bundle.bootstrap_certificate_pem, bundle.bootstrap_key_pem
+    return _write_pem(folder / "tls-bootstrap", bundle.ca_pem, own, bundle.broker, 0.0)
 
 
 def read_bundle(path: Path) -> Bundle:
@@ -321,14 +319,21 @@ def contact(bundle: Bundle) -> Contact:
     return Contact(bundle.federation, bundle.device, bytes.fromhex(bundle.token))
 
 
-def _write_pem(folder: Path, ca: str, certificate: str, key: str, *, floor_s: float) -> TlsFiles:
+def _write_pem(
+    folder: Path, ca: str, own: tuple[str, str], shown: Credentials | UnsetType, floor_s: float
+) -> TlsFiles:
+    """`own`: certificate and key for midge's broker; `shown`: for another, in their place."""
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    files = TlsFiles(folder / "ca.pem", folder / "device.pem", folder / "device.key", floor_s)
-    for path, text in ((files.ca, ca), (files.certificate, certificate), (files.key, key)):
-        if path is not None and (not path.exists() or path.read_text() != text):
+    if isinstance(shown, Credentials) and shown.says_who:
+        own = shown.certificate_pem, shown.key_pem
+    texts = {"ca.pem": "" if ca == SYSTEM_CA else ca, "device.pem": own[0], "device.key": own[1]}
+    for name, text in texts.items():
+        path = folder / name
+        if text and (not path.exists() or path.read_text() != text):
             write_atomic(path, text.encode())
-    return files
+    ca_path, certificate, key = (folder / name if text else None for name, text in texts.items())
+    return TlsFiles(ca_path, certificate, key, floor_s)
 
 
 def _pem(label: str, der: bytes) -> str:

@@ -6,6 +6,7 @@ import msgspec
 from msgspec import Meta
 
 from broker_bridge.limits import LIMITS
+from broker_bridge.link.access import Login
 
 __all__ = ["EXAMPLE", "ServerConfig"]
 
@@ -14,8 +15,10 @@ class _Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     pass
 
 
-class Broker(_Table, frozen=True, kw_only=True):
-    """Where the broker is, for the server and in the bundles of devices."""
+class Broker(Login, frozen=True, kw_only=True):
+    """Where the broker is, for the server and in the bundles of devices; and who we are to it,
+    if it is not midge's own: the server in this table, the others in their own.
+    """
 
     host: str = "localhost"
     port: Annotated[int, Meta(ge=1, le=65_535)] = 8883
@@ -26,6 +29,27 @@ class Broker(_Table, frozen=True, kw_only=True):
     ] = LIMITS.packet_bytes_max
     inflight_max: Annotated[int, Meta(ge=1, le=LIMITS.inflight_max)] = LIMITS.inflight_max
     publishes_per_s: Annotated[float, Meta(ge=0, le=1e6)] = 0.0
+    operator: Login = Login()
+    devices: Login = Login()
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether devices get in with what midge did not make, and cannot take back."""
+        return self.devices.says_who
+
+    def login(self, table: str) -> Login:
+        """What stands in the `table` `broker`, `broker.operator` or `broker.devices`, with what
+        it takes over: the CA, and an operator who says nothing of himself is the server there.
+        """
+        server = Login(**{each: getattr(self, each) for each in Login.__struct_fields__})
+        if table == "broker":
+            return server
+        said = self.operator if table == "broker.operator" else self.devices
+        said = msgspec.structs.replace(said, ca=said.ca or self.ca)
+        if table == "broker.devices" or said.says_who:
+            return said
+        # Not the client id: the broker would take the two for one, and cut the older one off.
+        return msgspec.structs.replace(server, ca=said.ca, client_id=said.client_id)
 
 
 class Rounds(_Table, frozen=True, kw_only=True):
@@ -117,6 +141,25 @@ port = {port}
 # packet_bytes_max = 61440
 # inflight_max = 20
 # publishes_per_s = 0.0
+#
+# For a broker that midge did not set up (docs/brokers.md). `{{name}}` is a device's name,
+# midge-server or midge-operator; paths begin in this file's folder. The CA that certified the
+# broker: a PEM file, or "system" for those that this machine trusts.
+# ca = "system"
+# A user name, and a file of mode 0600 with the password in its only line:
+# username = "{{name}}"
+# password_file = "logins/{{name}}"
+# Or a client certificate that the broker knows:
+# certificate = "logins/{{name}}.pem"
+# key = "logins/{{name}}.key"
+# How we call ourselves there, if the broker has rules about that.
+# client_id = "{{name}}-{{random}}"
+
+# Operators' commands there; the same settings. Without a name of their own they take the server's.
+# [broker.operator]
+
+# What the bundles of devices carry for that broker; the same settings.
+# [broker.devices]
 
 [rounds]
 # How many updates make a round; 0: one from each training device that is online.

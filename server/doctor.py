@@ -19,7 +19,8 @@ from broker_bridge.checkup import Finding, guarded
 from broker_bridge.errors import LocalError, MidgeError
 from broker_bridge.link.inspection import Broker, certificate, certificate_dates
 from broker_bridge.task.runtime import TaskRuntime
-from broker_bridge.wire.topics import Topics
+from broker_bridge.wire.topics import OPERATOR, SERVER, Topics
+from server.config import Broker as BrokerSettings
 from server.config import ServerConfig
 from server.fleet.home import Home
 from server.store.database import Database
@@ -29,6 +30,7 @@ __all__ = ["doctor", "examine"]
 
 _ETC = Path("/etc/mosquitto/mosquitto.conf")
 _RENEW = "run `midge keys renew-certificates`, then restart the broker and the server"
+_ASK_FOR_ANOTHER = "get another from whoever runs the broker, and put it there"
 _ENROL_AGAIN = "its CA is the root of every certificate: make a new fleet with `midge init`"
 
 
@@ -62,16 +64,18 @@ def examine(home: Home, now: datetime) -> Iterator[Finding]:
     yield from guarded("secrets", lambda: checkup.secrets(_secrets(home)))
     yield from _root_key(home)
     yield from guarded("keys", lambda: _keys(home))
-    yield from _certificates(home, now)
-    yield from guarded("database", lambda: _database(home))
+    config: ServerConfig | None = None
     try:
         config = home.config()
+        settings = Finding("settings", "ok", f"{home.folder / 'midge.toml'} is understood")
     except MidgeError as error:
-        yield Finding("settings", "problem", str(error), "correct midge.toml")
-        return
-    yield Finding("settings", "ok", f"{home.folder / 'midge.toml'} is understood")
-    yield from _tasks(home, config)
-    yield from _broker(home, config)
+        settings = Finding("settings", "problem", str(error), "correct midge.toml")
+    yield from _certificates(home, (config or ServerConfig()).broker, now)
+    yield from guarded("database", lambda: _database(home))
+    yield settings
+    if config is not None:
+        yield from _tasks(home, config)
+        yield from _broker(home, config)
 
 
 def _made(home: Home) -> datetime | None:
@@ -90,6 +94,8 @@ def _secrets(home: Home) -> Iterator[Path]:
         yield home.folder / who / "client-key.pem"
     yield home.database
     yield from sorted((home.folder / "bundles").glob("*.bundle"))
+    with contextlib.suppress(LocalError):  # settings that cannot be read are told elsewhere
+        yield from sorted(home.logins())
 
 
 def _root_key(home: Home) -> Iterator[Finding]:
@@ -118,14 +124,22 @@ def _keys(home: Home) -> Iterator[Finding]:
         )
 
 
-def _certificates(home: Home, now: datetime) -> Iterator[Finding]:
-    for name, path, renew in (
-        ("ca", home.folder / "ca" / "ca.pem", _ENROL_AGAIN),
-        ("broker", home.broker / "broker.pem", _RENEW),
-        ("server", home.folder / "server" / "client.pem", _RENEW),
-        ("operator", home.folder / "operator" / "client.pem", _RENEW),
+def _certificates(home: Home, broker: BrokerSettings, now: datetime) -> Iterator[Finding]:
+    """Those that midge made, where they are in use, and those of somebody else's broker."""
+    looked_at = [("ca", home.folder / "ca" / "ca.pem", _ENROL_AGAIN)]
+    if not broker.ca:
+        looked_at.append(("broker", home.broker / "broker.pem", _RENEW))
+    for who, name, table in (
+        ("server", SERVER, "broker"),
+        ("operator", OPERATOR, "broker.operator"),
     ):
-        check = f"cert {name}"
+        login = broker.login(table).of(name)
+        if login.certificate:
+            looked_at.append((who, home.folder / login.certificate, _ASK_FOR_ANOTHER))
+        elif not login.username:
+            looked_at.append((who, home.folder / who / "client.pem", _RENEW))
+    for who, path, renew in looked_at:
+        check = f"cert {who}"
         yield from guarded(
             check,
             lambda c=check, p=path, r=renew: certificate(c, p, now, renew=r),  # type: ignore[misc]
@@ -177,24 +191,58 @@ def _task(path: Path) -> Iterator[Finding]:
 
 
 def _broker(home: Home, config: ServerConfig) -> Iterator[Finding]:
-    topics = Topics(config.federation)
-    host, port = config.broker.host, config.broker.port
-    operator = Broker(host, port, home.tls("operator"))
-    reached = list(guarded("broker", operator.reach))
+    reached = list(guarded("login", lambda: _logins(home, config)))
+    if all(finding.level != "problem" for finding in reached):
+        operator = Broker(home.access("operator", config), OPERATOR)
+        reached += guarded("broker", operator.reach)
     yield from reached
     if any(finding.level == "problem" for finding in reached):
         return
-    yield from guarded("strangers", operator.certificates_needed)
-    yield from guarded("access rules", lambda: operator.access(forbidden=topics.round))
-    server = Broker(host, port, home.tls("server"))
+    topics = Topics(config.federation)
+    yield from guarded("strangers", operator.strangers_refused)
+    if config.broker.says_who and _is_shared(config.broker):
+        yield Finding(
+            "access rules",
+            "warning",
+            "the operator has the server's login, so the broker's rules cannot be tried",
+            "give it one of its own under [broker.operator] in midge.toml",
+        )
+    else:
+        yield from guarded("access rules", lambda: operator.access_ruled(forbidden=topics.round))
+    server = Broker(home.access("server", config), SERVER)
     scratch = topics.down("midge-doctor", "cfg")  # no device can have this name
     yield from guarded("retained", lambda: server.retains(scratch))
-    yield from _persistence(home)
+    yield from _persistence(home, config)
 
 
-def _persistence(home: Home) -> Iterator[Finding]:
+def _is_shared(broker: BrokerSettings) -> bool:
+    """Whether the broker takes the operator for the server."""
+    server, operator = (
+        broker.login("broker").of(SERVER),
+        broker.login("broker.operator").of(OPERATOR),
+    )
+    return (server.username, server.certificate) == (operator.username, operator.certificate)
+
+
+def _logins(home: Home, config: ServerConfig) -> Iterator[Finding]:
+    """Whether what midge.toml names for a broker of somebody else's is there, and for us alone."""
+    for who, table in (("server", "broker"), ("operator", "broker.operator")):
+        found = home.access(who, config)
+        if config.broker.login(table).says_who:
+            shown = found.tls.certificate if found.username is None else repr(found.username)
+            yield Finding("login", "ok", f"the {who} is {shown} to {found.host}")
+    if config.broker.says_who and not config.broker.is_foreign:
+        yield Finding(
+            "login",
+            "problem",
+            "midge.toml has a login for the server and none for devices",
+            "say under [broker.devices] what they show to the broker",
+        )
+
+
+def _persistence(home: Home, config: ServerConfig) -> Iterator[Finding]:
     """What the broker's file says: to try it would take a restart."""
-    for path in (home.broker / "mosquitto.conf", _ETC):
+    for path in () if config.broker.says_who else (home.broker / "mosquitto.conf", _ETC):
         with contextlib.suppress(OSError, UnicodeDecodeError):
             lines = path.read_text().splitlines()
             if "persistence true" in (line.strip() for line in lines):

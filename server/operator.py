@@ -8,11 +8,9 @@ import time
 from collections.abc import Callable, Iterator
 
 from broker_bridge.errors import LinkError, PeerError
+from broker_bridge.link.access import Access
 from broker_bridge.link.base import Message
-from broker_bridge.link.paho_link import PahoLink
-from broker_bridge.link.tls import TlsFiles
 from broker_bridge.wire import messages
-from broker_bridge.wire.envelope import random_bytes
 from broker_bridge.wire.messages import Command, Presence, Reply
 from broker_bridge.wire.topics import OPERATOR, DeviceState, Topics
 from server.fleet.home import Home
@@ -21,22 +19,18 @@ __all__ = ["Operator"]
 
 
 class Operator:
-    """A connection with the operator's certificate. Leaves nothing behind on the broker."""
+    """A connection as the operator. Leaves nothing behind on the broker."""
 
-    def __init__(self, host: str, port: int, *, federation: str, tls: TlsFiles) -> None:
+    def __init__(self, access: Access, *, federation: str) -> None:
         """Connect. Raises LinkError with a sentence when the broker cannot be reached."""
         self._topics = Topics(federation)
-        name = f"{OPERATOR}-{random_bytes(4).hex()}"
-        self._link = PahoLink.open(host, port, client_id=name, tls=tls, session_s=0, wait_s=5.0)
+        self._link = access.open(OPERATOR, session_s=0, wait_s=5.0)
 
     @classmethod
     def of(cls, home: Home) -> "Operator":
         """Connect with what is in the fleet's folder. Raises LocalError, LinkError."""
         config = home.config()
-        return cls(
-            config.broker.host, config.broker.port, federation=config.federation,
-            tls=home.tls("operator"),
-        )  # fmt: skip
+        return cls(home.access("operator", config), federation=config.federation)
 
     def ask(self, command: Command, *, wait_s: float = 10.0) -> Reply:
         """Publish a command and return the server's reply to it.

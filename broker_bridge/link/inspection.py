@@ -9,7 +9,7 @@ import base64
 import contextlib
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from broker_bridge.checkup import Finding
 from broker_bridge.disk import disk_errors
 from broker_bridge.errors import LinkError, LocalError
 from broker_bridge.limits import LIMITS
+from broker_bridge.link.access import Access
 from broker_bridge.link.base import LinkLimits, Message
 from broker_bridge.link.paho_link import PahoLink
 from broker_bridge.link.tls import TlsFiles
@@ -97,41 +98,48 @@ def _moment(tag: int, text: bytes) -> datetime:
 
 @dataclass(frozen=True)
 class Broker:
-    """A broker to be looked at, from here, by the holder of `tls`."""
+    """A broker to be looked at, from here, by who gets in with `access`.
 
-    host: str
-    port: int
-    tls: TlsFiles
+    `name`: what our client ids begin with. Where `access` gives the one that is in use
+    already, the broker cuts that off; it comes back.
+    """
 
-    def connect(self, tls: TlsFiles | None = None, *, wait_s: float = 3.0) -> PahoLink:
+    access: Access
+    name: str
+
+    def connect(self, access: Access | None = None, *, wait_s: float = 3.0) -> PahoLink:
         """A connection that leaves nothing behind. Raises LinkError, LocalError."""
-        name = f"midge-doctor-{random_bytes(4).hex()}"
-        return PahoLink.open(
-            self.host, self.port, client_id=name, tls=tls or self.tls, session_s=0, wait_s=wait_s
-        )
+        return (access or self.access).open(self.name, session_s=0, wait_s=wait_s)
 
     def reach(self) -> Iterator[Finding]:
         """Whether it lets us in, and what it takes."""
         with contextlib.closing(self.connect()) as link:
             limits = link.limits
-        yield Finding("broker", "ok", f"{self.host}:{self.port} let us in")
+        who = self.access.username
+        by = "" if who is None else f" with the password of {who!r}"
+        yield Finding("broker", "ok", f"{self.access.host}:{self.access.port} let us in{by}")
         yield from _limits(limits)
 
-    def certificates_needed(self) -> Iterator[Finding]:
-        """Whether a stranger, who has no certificate, is turned away."""
+    def strangers_refused(self) -> Iterator[Finding]:
+        """Whether a stranger, who has neither certificate nor password, is turned away."""
+        files = TlsFiles(self.access.tls.ca, floor_s=self.access.tls.floor_s)
+        stranger = replace(self.access, tls=files, username=None, password=None)
+        wants = "certificate" if self.access.username is None else "password"
         try:
-            self.connect(TlsFiles(self.tls.ca)).close()
+            self.connect(stranger).close()
         except LinkError:
-            yield Finding("strangers", "ok", "without a certificate nobody gets in")
+            yield Finding("strangers", "ok", f"without a {wants} nobody gets in")
         else:
             yield Finding(
                 "strangers",
                 "problem",
-                "a client without a certificate was let in",
-                "set `require_certificate true` in mosquitto.conf, as midge's does",
+                f"a client without a {wants} was let in",
+                "set `require_certificate true` in mosquitto.conf, as midge's does"
+                if wants == "certificate"
+                else "set `allow_anonymous false` in mosquitto.conf, or what your broker calls it",
             )
 
-    def access(self, *, forbidden: str) -> Iterator[Finding]:
+    def access_ruled(self, *, forbidden: str) -> Iterator[Finding]:
         """Whether the broker refuses us `forbidden`. What is sent there is empty, and not kept."""
         with contextlib.closing(self.connect()) as link:
             link.publish(forbidden, b"")

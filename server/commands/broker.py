@@ -30,8 +30,14 @@ def broker(folder: Path, bind: str, port: int | None) -> None:
       midge broker --dir fleet --bind 0.0.0.0
     """
     home = Home.find(folder)
+    where = home.config().broker
+    if where.says_who or where.is_foreign:
+        raise LocalError(
+            f"midge.toml says how to log in at {where.host}, a broker of somebody else's, and "
+            "`midge broker` knows no such logins; take them out of [broker] to run midge's own"
+        )
     stopped = stop_on_signals()
-    chosen = port or home.config().broker.port
+    chosen = port or where.port
     heard = keep_broker_files(home)
     running = LocalBroker(home.broker, port=chosen, bind=bind, shipped_acl=False)
     trouble = ""

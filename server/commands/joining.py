@@ -10,10 +10,11 @@ import click
 from broker_bridge.errors import LocalError
 from broker_bridge.wire.envelope import fingerprint
 from server.commands.answering import BY_HAND, HOURS, NAME, opened, say
+from server.commands.login import broker_for, login_options
 from server.commands.options import DIR, JSON
 from server.fleet import additions
 from server.fleet.broker_watch import by_hand as broker_by_hand
-from server.fleet.broker_watch import has_heard
+from server.fleet.broker_watch import has_heard, left_to_do
 from server.fleet.census import find
 
 __all__ = ["device_accept", "device_add"]
@@ -30,6 +31,7 @@ __all__ = ["device_accept", "device_add"]
               help="With --count: the first number.")  # fmt: skip
 @click.option("--csv", "csv_path", type=click.Path(path_type=Path, dir_okay=False),
               help="With --count: where to list them; default: beside the bundles.")  # fmt: skip
+@login_options
 @JSON
 def device_add(
     name: str | None,
@@ -41,6 +43,7 @@ def device_add(
     first: int,
     csv_path: Path | None,
     as_json: bool,
+    **login: str | None,
 ) -> None:
     """Make a bundle with a one-time token for a new device NAME, or for many.
 
@@ -48,6 +51,7 @@ def device_add(
     Example:
       midge device add ward-3 --dir fleet
       midge device add --count 200 --name 'ward-{:03}' --hours 72 --dir fleet
+      midge device add ward-3 --broker-username ward-3 --broker-password-file ward-3.password
     """
     if (name is None) == (count is None) or (count is None) != (pattern is None):
         raise LocalError(
@@ -59,7 +63,8 @@ def device_add(
         names = additions.names_from(pattern, count=count, first=first)
     with opened(folder) as (home, db):
         before = home.roster()
-        added = additions.add_many(home, db, names, now=time.time(), hours=hours, by_hand=by_hand)
+        added = additions.add_many(home, db, names, now=time.time(), hours=hours, by_hand=by_hand,
+                                   broker=broker_for(home, **login))  # fmt: skip
         after = home.roster()
         told = after.epoch == before.epoch or has_heard(home, after.epoch)
         todo = "" if told else broker_by_hand(home, restart=True)
@@ -75,8 +80,8 @@ def device_add(
         click.echo(json.dumps({"csv": str(csv_path), "devices": found} if name is None
                               else found[0]))  # fmt: skip
         return
-    if todo:
-        click.echo(f"the name was used before; if you run mosquitto yourself, run there: {todo}")
+    if not told:
+        click.echo(f"the name was used before; {left_to_do('who had it', todo)}")
     if name is None:
         click.echo(f"wrote {len(added)} bundles, each a secret, and their list: {csv_path}")
         return

@@ -148,7 +148,7 @@ def replace_operator(folder: Path, as_json: bool) -> None:
         return
     click.echo(f"made a new certificate in {home.folder / 'operator'}; the old one is revoked")
     click.echo("the broker goes by it" if told else
-               f"if you run mosquitto yourself, run there: {todo}")  # fmt: skip
+               broker_watch.left_to_do("the operator", todo))  # fmt: skip
 
 
 def _certificate(name: str, facts: CertificateFacts, now: float) -> dict[str, object]:

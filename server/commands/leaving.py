@@ -6,11 +6,13 @@ from pathlib import Path
 import click
 
 from server.commands.answering import BY_HAND, HOURS, NAME, opened, say
+from server.commands.login import broker_for, login_options
 from server.commands.options import DIR, JSON
 from server.fleet import additions
 from server.fleet.broker_watch import by_hand as broker_by_hand
-from server.fleet.broker_watch import has_heard
+from server.fleet.broker_watch import has_heard, left_to_do
 from server.fleet.census import find
+from server.fleet.enrolment import broker_login
 from server.fleet.expulsion import expel
 from server.fleet.home import Home
 from server.fleet.roster import Roster
@@ -62,8 +64,11 @@ def device_remove(name: str, folder: Path, as_json: bool) -> None:
 @DIR
 @HOURS
 @BY_HAND
+@login_options
 @JSON
-def device_replace(name: str, folder: Path, hours: float, by_hand: bool, as_json: bool) -> None:
+def device_replace(
+    name: str, folder: Path, hours: float, by_hand: bool, as_json: bool, **login: str | None
+) -> None:
     """Revoke the keys of a device, and make a bundle for a new board of the same name.
 
     \b
@@ -71,9 +76,10 @@ def device_replace(name: str, folder: Path, hours: float, by_hand: bool, as_json
       midge device replace ward-3 --dir fleet
     """
     with opened(folder) as (home, db):
-        now = time.time()
+        now, broker = time.time(), broker_for(home, **login)
+        broker_login(home, broker, name)  # what is wrong with it is said before anybody is out
         expel(home, db, name, now=now, status="removed")
-        added = additions.add(home, db, name, now=now, hours=hours, by_hand=by_hand)
+        added = additions.add(home, db, name, now=now, hours=hours, by_hand=by_hand, broker=broker)
         text = f"revoked the former {name}; wrote {added.bundle}, for one board in {hours:g} hours"
         _tell_broker(home, home.roster(), as_json, text, restart=True, device=name, status="added",
                      bundle=str(added.bundle), hours=hours)  # fmt: skip
@@ -86,7 +92,6 @@ def _tell_broker(
     told = has_heard(home, roster.epoch)
     todo = "" if told else broker_by_hand(home, restart=restart)
     more = [f"the others get a new fleet key, epoch {home.keys().fleet_epoch}"]
-    more.append("the broker goes by it" if told else
-                f"if you run mosquitto yourself, run there: {todo}")  # fmt: skip
+    more.append("the broker goes by it" if told else left_to_do(str(found["device"]), todo))
     keys = {"fleet_epoch": home.keys().fleet_epoch, "broker_told": told, "broker_run": todo}
     say(as_json, "\n".join([text, *more]), **found, **keys)

@@ -17,10 +17,8 @@ from broker_bridge.disk import disk_errors, owner_only
 from broker_bridge.errors import LocalError
 from broker_bridge.limits import LIMITS
 from broker_bridge.link.base import Message
-from broker_bridge.link.paho_link import PahoLink
 from broker_bridge.systemd import Supervisor
 from broker_bridge.wire import messages
-from broker_bridge.wire.envelope import client_id
 from broker_bridge.wire.messages import (
     ServerPresence,
 )
@@ -85,9 +83,8 @@ def serve(home: Home, config: ServerConfig, ledger: Ledger, stopped: Any) -> Non
         if not Path(path).is_file():
             raise LocalError(f"there is no task file {path}; correct the path")
     topics = Topics(ledger.keys.federation)
-    link = PahoLink.open(
-        config.broker.host, config.broker.port,
-        client_id=client_id(SERVER, ledger.keys.sign_seed), tls=home.tls("server"),
+    link = home.access("server", config).open(
+        SERVER, seed=ledger.keys.sign_seed,
         will=Message(topics.srv, messages.encode_json(ServerPresence(state="lost")), retained=True),
         keepalive_s=config.broker.keepalive_s, wait_s=10.0, protocol=config.broker.mqtt,
         packet_bytes_max=config.broker.packet_bytes_max, inflight_max=config.broker.inflight_max,

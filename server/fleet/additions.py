@@ -10,7 +10,7 @@ from pathlib import Path
 from broker_bridge.disk import write_atomic
 from broker_bridge.errors import LocalError
 from server.config import Broker
-from server.fleet.enrolment import add_device, check_free, check_name
+from server.fleet.enrolment import add_device, broker_login, check_free, check_name
 from server.fleet.expulsion import free_name
 from server.fleet.home import Home
 from server.store.database import Database
@@ -59,14 +59,20 @@ def add(
 
 
 def add_many(
-    home: Home, db: Database, names: list[str], *, now: float, hours: float, by_hand: bool
-) -> list[Added]:
-    """Add them all, or none if one of the names cannot be used. Raises LocalError."""
+    home: Home, db: Database, names: list[str], *, now: float, hours: float, by_hand: bool,
+    broker: Broker | None = None,
+) -> list[Added]:  # fmt: skip
+    """Add them all, or none if one of the names cannot be used, or has no login at a broker that
+    wants one. Raises LocalError."""
+    where = broker or home.config().broker
     with db.reading() as tx:
         for name in names:
             check_name(name, hours)
             check_free(tx.device(name), name)
-    return [add(home, db, name, now=now, hours=hours, by_hand=by_hand) for name in names]
+            broker_login(home, where, name)
+    return [
+        add(home, db, name, now=now, hours=hours, by_hand=by_hand, broker=where) for name in names
+    ]
 
 
 def write_csv(path: Path, added: list[Added]) -> None:

@@ -3,7 +3,8 @@
 A broker that `midge broker` runs follows the roster by itself: it reloads when somebody was
 shut out, and starts anew when a name was opened again, which ends every connection that a
 former holder may still have (decision 0085). For a mosquitto of somebody's own there is a
-command line to give him.
+command line to give him. At a broker that knows devices by what midge did not make there is
+nothing to run, and a sentence to say.
 """
 
 import contextlib
@@ -20,7 +21,7 @@ from server.fleet.expulsion import keep_broker_files
 from server.fleet.home import Home
 from server.fleet.roster import Roster
 
-__all__ = ["by_hand", "follow", "followed", "has_heard"]
+__all__ = ["by_hand", "follow", "followed", "has_heard", "left_to_do"]
 
 _LOCK = "midge-broker.lock"
 _HEARD = "midge-broker.heard"  # the epoch of the roster that the broker goes by
@@ -83,7 +84,20 @@ def _is_followed(home: Home) -> bool:
 
 
 def by_hand(home: Home, *, restart: bool) -> str:
-    """What to run where mosquitto is run as mosquitto.conf says."""
+    """What to run where mosquitto is run as mosquitto.conf says; nothing if that is of no use."""
+    if home.config().broker.is_foreign:
+        return ""
     files = " ".join(shlex.quote(str(home.broker / name)) for name in (REVOKED_FILE, ACL_FILE))
     what = "restart" if restart else "reload"
     return f"sudo install -m 644 {files} /etc/mosquitto/midge/ && sudo systemctl {what} mosquitto"
+
+
+def left_to_do(who: str, run: str) -> str:
+    """What a person does at a broker that was not told of `who`. `run`: see `by_hand`."""
+    if run:
+        return f"if you run mosquitto yourself, run there: {run}"
+    return (
+        f"your broker does not hear of it: take away there the user name or certificate of {who}, "
+        "or change the password (and give those who share it the new one first); until then it can "
+        "connect, and nothing that it says is taken"
+    )

@@ -10,7 +10,7 @@ from broker_bridge.errors import LinkError, LocalError, PeerError
 from broker_bridge.link.base import Message
 from broker_bridge.link.paho_link import PahoLink
 from broker_bridge.wire import messages
-from broker_bridge.wire.envelope import fingerprint, random_bytes
+from broker_bridge.wire.envelope import fingerprint
 from broker_bridge.wire.messages import Presence
 from broker_bridge.wire.topics import OPERATOR, DeviceState, Topics
 from server.fleet.home import Home
@@ -92,10 +92,7 @@ def presences(home: Home) -> Mapping[str, Presence] | None:
     try:
         # A broker that is away says so at once here, where a link would try for a while.
         socket.create_connection((config.broker.host, config.broker.port), timeout=1.0).close()
-        link = PahoLink.open(
-            config.broker.host, config.broker.port, client_id=f"{OPERATOR}-{random_bytes(4).hex()}",
-            tls=home.tls("operator"), session_s=0, wait_s=5.0,
-        )  # fmt: skip
+        link = home.access("operator", config).open(OPERATOR, session_s=0, wait_s=5.0)
     except (OSError, LinkError):
         return None
     with contextlib.closing(link):

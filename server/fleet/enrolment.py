@@ -10,10 +10,13 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+from msgspec import UNSET
+
 from broker_bridge.disk import write_atomic
 from broker_bridge.errors import LocalError, PeerError
+from broker_bridge.link.access import ca_pem, credentials
 from broker_bridge.wire import enrolment, messages
-from broker_bridge.wire.enrolment import Bundle, Contact
+from broker_bridge.wire.enrolment import Bundle, Contact, Credentials
 from broker_bridge.wire.envelope import (
     KEY_BYTES,
     SIGNATURE_BYTES,
@@ -35,6 +38,7 @@ from server.config import Broker
 from server.fleet.authority import (
     CLIENT_DAYS,
     CertificateFacts,
+    Issued,
     check_device_name,
     read_certificate,
 )
@@ -42,7 +46,7 @@ from server.fleet.home import Home
 from server.store.database import Database
 from server.store.rows import Certificate, Device, Token
 
-__all__ = ["Registrar", "add_device", "check_free", "check_name", "ends_soon"]
+__all__ = ["Registrar", "add_device", "broker_login", "check_free", "check_name", "ends_soon"]
 
 TOKEN_HOURS = 24
 HOURS_MAX = 24 * 365
@@ -65,21 +69,27 @@ def add_device(
 
     A device that was added and has not enrolled gets a new token: the old one is void.
     `by_hand`: whoever comes with it waits until a person has accepted him.
-    Raises LocalError for a name that cannot be used or is enrolled already.
+    `broker`: where it finds the broker, and what gets it in there, if that is not midge's own.
+    Raises LocalError for a name that cannot be used or is enrolled already, and for files that
+    are not as they should be.
     """
     check_name(name, hours)
     keys, authority = home.keys(), home.authority()
+    foreign, ca = broker_login(home, broker, name)
     token = Token(
         device=name, secret=random_bytes(KEY_BYTES), created_at=now, expires_at=now + hours * 3600,
         by_hand=by_hand,
     )  # fmt: skip
-    # The broker lets the bundle in for as long as the token lives, rounded up to days.
-    moment, days = datetime.fromtimestamp(now, UTC), max(1, -(-int(hours) // 24))
-    issued = authority.issue_with_new_key(name, now=moment, days=days)
+    issued = Issued(b"", b"")
+    if foreign is None or not foreign.says_who:
+        # The broker lets the bundle in for as long as the token lives, rounded up to days.
+        moment, days = datetime.fromtimestamp(now, UTC), max(1, -(-int(hours) // 24))
+        issued = authority.issue_with_new_key(name, now=moment, days=days)
     with db.transaction() as tx:
         check_free(tx.device(name), name)
         tx.put_token(token)
-        tx.add_certificate(_noted(name, issued.certificate))
+        if issued.certificate:
+            tx.add_certificate(_noted(name, issued.certificate))
     bundle = Bundle(
         federation=keys.federation,
         device=name,
@@ -89,13 +99,28 @@ def add_device(
         server_identity=keys.identity.hex(),
         token=token.secret.hex(),
         token_expires=datetime.fromtimestamp(token.expires_at, UTC).isoformat(timespec="minutes"),
-        ca_pem=authority.certificate.decode(),
+        ca_pem=ca,
         bootstrap_certificate_pem=issued.certificate.decode(),
         bootstrap_key_pem=issued.key.decode(),
+        broker=foreign or UNSET,
     )
     path = home.bundle(name)
     write_atomic(path, bundle.encode())
     return path
+
+
+def broker_login(home: Home, broker: Broker, name: str) -> tuple[Credentials | None, str]:
+    """What the device `name` shows to the broker, None for midge's own; and the broker's CA, as
+    in a bundle. Raises LocalError.
+    """
+    login = broker.login("broker.devices")
+    if broker.says_who and not login.says_who:
+        raise LocalError(
+            "the broker in midge.toml wants a login of the server, and none is there for devices; "
+            "say under [broker.devices] what they show, or --broker-username here"
+        )
+    ca = ca_pem(login.ca, home.folder, own=home.authority().certificate.decode())
+    return credentials(login, name, home.folder), ca
 
 
 def check_name(name: str, hours: float) -> None:

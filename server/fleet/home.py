@@ -8,6 +8,7 @@
     broker/               what the broker needs: certificate, key, CA, who may not come in
     server/ operator/     client certificates for the two commands that talk to the broker
     bundles/              one file for each device that was added
+    logins/               user names' passwords at a broker of somebody else's, if it wants them
     tasks/                task files
     state/                database, models, spool
 
@@ -26,11 +27,12 @@ import msgspec
 from broker_bridge.config import load_config
 from broker_bridge.disk import REAL_DISK, Disk, disk_errors, owner_only, write_atomic
 from broker_bridge.errors import LocalError
+from broker_bridge.link.access import Access
 from broker_bridge.link.broker_config import ACL_FILE, REVOKED_FILE
 from broker_bridge.link.local_broker import shipped_file
 from broker_bridge.link.tls import TlsFiles
 from broker_bridge.wire.envelope import random_bytes
-from broker_bridge.wire.topics import is_name
+from broker_bridge.wire.topics import OPERATOR, SERVER, is_name
 from server.config import EXAMPLE, ServerConfig
 from server.fleet.authority import Authority, Issued, write_private, write_public
 from server.fleet.keys import ServerKeys, new_keys
@@ -109,13 +111,37 @@ class Home:
             key = (self.folder / "ca" / "ca-key.pem").read_bytes()
         return Authority.load(certificate, key)
 
+    def access(self, who: str, config: ServerConfig | None = None) -> Access:
+        """How `server` or `operator` gets into the broker. Raises LocalError."""
+        broker = (config or self.config()).broker
+        name, table = {"server": (SERVER, "broker"), "operator": (OPERATOR, "broker.operator")}[who]
+        own = Access(host=broker.host, port=broker.port, tls=self.tls(who))
+        settings = self.folder / "midge.toml"
+        return own.with_login(broker.login(table), name, settings=settings, table=table)
+
     def tls(self, who: str) -> TlsFiles:
-        """The client certificate of `server` or `operator`."""
+        """The client certificate of `server` or `operator`, for midge's own broker."""
         return TlsFiles(
             self.folder / "ca" / "ca.pem",
             self.folder / who / "client.pem",
             self.folder / who / "client-key.pem",
         )
+
+    def logins(self) -> set[Path]:
+        """The files with secrets that midge.toml names for a broker of somebody else's, and what
+        lies in logins/ for devices. Raises LocalError.
+        """
+        broker = self.config().broker
+        named = {
+            self.folder / path
+            for name, table in ((SERVER, "broker"), (OPERATOR, "broker.operator"))
+            for login in [broker.login(table).of(name)]
+            for path in (login.password_file, login.key)
+            if path
+        }
+        certificates = {".pem", ".crt", ".cer"}
+        kept = (self.folder / "logins").glob("*")
+        return named | {path for path in kept if path.suffix not in certificates}
 
     @property
     def broker(self) -> Path:

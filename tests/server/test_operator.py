@@ -25,8 +25,7 @@ def operators(served):
     made = []
 
     def connect():
-        files = served.home.tls("operator")
-        made.append(Operator("localhost", served.port, federation=FEDERATION, tls=files))
+        made.append(Operator(served.home.access("operator"), federation=FEDERATION))
         return made[-1]
 
     yield connect
