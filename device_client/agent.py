@@ -5,77 +5,41 @@ workbench, so that the broker is answered while it goes on.
 What a message says is believed only after its signature was verified, here.
 """
 
-import contextlib
 import logging
-import math
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Literal
 
 from broker_bridge.disk import DiskFullError
 from broker_bridge.errors import LinkError, LocalError, PeerError
 from broker_bridge.link.base import Connected, Disconnected, Link, LinkEvent, Message
 from broker_bridge.task.taskfile import Plan
-from broker_bridge.wire import blobs, messages, weights
-from broker_bridge.wire.chunks import Reassembler
-from broker_bridge.wire.envelope import KEY_BYTES, KemKey, random_bytes, sha256, verify
-from broker_bridge.wire.messages import (
-    Ack,
-    Announcement,
-    Blob,
-    Busy,
-    Go,
-    Init,
-    Need,
-    NeedBlob,
-    Presence,
-    Refused,
-    Renewal,
-    Welcome,
-)
+from broker_bridge.wire import messages
+from broker_bridge.wire.envelope import random_bytes
+from broker_bridge.wire.messages import Ack, Blob, Go, NeedBlob, Refused, Renewal
 from broker_bridge.wire.topics import DownTopic, Topics
-from broker_bridge.wire.update import Binding, seal_update
 from device_client import events as ev
+from device_client import hearing
 from device_client import identity as identities
 from device_client import model as models
-from device_client.eligibility import Verdict, reason_against
+from device_client.collecting import Collected, Collecting
+from device_client.eligibility import Verdict
 from device_client.identity import Identity
 from device_client.journal import Journal
+from device_client.nameplate import Nameplate
 from device_client.outbox import Outbox
 from device_client.participant import Participant, State
+from device_client.permission import Permission
 from device_client.renewal import Renewer, is_meant
+from device_client.sealing import sealed
 from device_client.workbench import Background, LocalTrainer, ThreadBackground, Workbench
 
 __all__ = ["Agent"]
 
 log = logging.getLogger("midge.device")
 
-_PRESENCE: dict[State, Literal["ready", "training", "uploading"]] = {
-    State.IDLE: "ready",
-    State.WAITING: "ready",
-    State.JOINING: "ready",
-    State.FETCHING: "training",
-    State.TRAINING: "training",
-    State.EVALUATING: "training",
-    State.SEALING: "uploading",
-    State.UPLOADING: "uploading",
-}
-_DETAIL_CHARS_MAX = 500  # what `Presence` takes; the log has the whole sentence
-_LASTS_S = 0.5  # how long a state must last to be worth telling the broker and the disk
-_TELLING = (State.IDLE, State.WAITING)  # what a device that does nothing waits for
-_JUDGE_S = 1.0  # how often to look at the owner's rules
 _ROOM_S = 5.0  # how often to look whether a full disk has room again
-_DOWN = {"go": Go | Busy, "need": Need, "ack": Ack}
-
-
-@dataclass(frozen=True)
-class _Collected:
-    """A blob on its way."""
-
-    blob: Blob
-    pieces: Reassembler
 
 
 class Agent:
@@ -109,7 +73,6 @@ class Agent:
         self._topics = Topics(identity.federation)
         self._link = link
         self._journal = journal
-        self._boot = boot
         self._clock = clock
         self._random = random
         self._bench = Workbench(
@@ -123,9 +86,7 @@ class Agent:
         self._renewer = Renewer(journal.folder, disk=journal.disk, random=random, software=software)
         self._relink = relink
         self._has_other_certificate = False  # than the one that the link was made with
-        self._judged = judged
-        self._judge_at_s = 0.0
-        self._eligible = ev.Eligible()
+        self._permission = Permission(judged, clock)
         self._keeps_model = keeps_model
         self._personal_epochs = personal_epochs
         self._role: Literal["train", "evaluate"] = role
@@ -133,10 +94,9 @@ class Agent:
         self._participant = self._as_after_a_power_cut()
         self._room_at_s: float | None = None  # when to look whether a full disk has room again
         self._shard = 0
-        self._shown: Presence | None = None  # None: the broker does not know us yet
-        self._present: Presence | None = None
-        self._present_since_s = 0.0
-        self._collecting: dict[str, _Collected] = {}
+        state = self._topics.state(identity.device)
+        self._nameplate = Nameplate(state, journal, boot=boot, clock=clock)
+        self._collecting = Collecting(self._topics)
         self._was_connected = False
 
     @property
@@ -191,7 +151,7 @@ class Agent:
     def end(self) -> None:
         """Stop working and say so: whatever ended the loop, nobody waits for this device."""
         self._stop("the device is stopping")
-        self._show(Presence(state="sleeping", boot=self._boot, role=self._participant.role))
+        self._nameplate.show_asleep(self._participant, self._link)
 
     def turn(self, event: LinkEvent | None) -> None:
         """One turn: what came over the link, what the worker finished, and the time."""
@@ -202,7 +162,7 @@ class Agent:
             self._no_room(error)
         if isinstance(event, Message):
             self._link.ack(event)
-        self._show_state()
+        self._nameplate.show(self._participant, self._bench.measured, self._link)
         self._connect_anew()
 
     def _connect_anew(self) -> None:
@@ -213,7 +173,7 @@ class Agent:
         self._has_other_certificate = self._was_connected = False
         self._handle([ev.LinkDown()])
         self._link = self._relink(self._link, self.identity)
-        self._shown = None
+        self._nameplate.wiped()
         self._link.subscribe(self._asking_for)
 
     def _work(self, event: LinkEvent | None) -> None:
@@ -225,21 +185,11 @@ class Agent:
         self._handle([ev.Room(self._link.room())])
 
     def _look_at_rules(self) -> list[ev.Event]:
-        """Whether the owner's rules let this device work: looked at every second, told if new."""
-        if self._judged is None or self._clock() < self._judge_at_s:
-            return []
-        self._judge_at_s = self._clock() + _JUDGE_S
-        verdicts = self._judged(self._participant.samples or None)
-        found = ev.Eligible(
-            reason_against(verdicts), reason_against([v for v in verdicts if v.network])
-        )
-        before, self._eligible = self._eligible, found
-        if found == before:
+        found = self._permission.look(self._participant.samples or None)
+        if found is None:
             return []
         if found.against and self.state is State.IDLE:
             self._bench.stop(found.against)  # a model that is being made personal
-        if bool(found.against) != bool(before.against):
-            log.info("%s", f"not now: {found.against}" if found.against else "may work again")
         return [found]
 
     def _no_room(self, error: DiskFullError) -> None:
@@ -253,7 +203,7 @@ class Agent:
         self._participant.step(ev.Tick(self._clock()))
         limits = self._link.limits
         self._participant.step(ev.LinkUp(limits.packet_bytes_max, limits.inflight_max))
-        self._participant.step(self._eligible)
+        self._participant.step(self._permission.present)
 
     def _look_for_room(self) -> None:
         """Take part again once there is: what was retained is sent to us again."""
@@ -285,7 +235,7 @@ class Agent:
         match event:
             case Connected(limits, resumed):
                 log.info("connected to the broker")
-                self._shown = None
+                self._nameplate.wiped()
                 before, self._was_connected = self._was_connected, True
                 if resumed and before:
                     # The broker may have been started again from an old copy of its state,
@@ -305,27 +255,27 @@ class Agent:
         return []
 
     def _read(self, message: Message) -> list[ev.Event]:
+        device = self.identity.device
         match self._topics.parse(message.topic):
             case "round" if message.payload:
-                return [self._announced(message.payload)]
+                return [hearing.announcement(self.identity, message.payload)]
             case "identity" if message.payload:
                 self._hear_identity(message.payload)
-            case DownTopic(device, "cfg") if device == self.identity.device:
+            case DownTopic(to, "cfg") if to == device:
                 return self._hear_configuration(message.payload)
             case ("task" | "model") as kind if message.payload:
                 return self._collect(kind, message.payload)
-            case DownTopic(device, kind) if device == self.identity.device and kind in _DOWN:
-                answer = messages.opened(
-                    self.identity.server_sign, kind, self.identity.scope, message.payload,
-                    _DOWN[kind],
-                )  # fmt: skip
-                if isinstance(answer, Go):
-                    self._shard = answer.shard
-                if isinstance(answer, Ack):
-                    log.info("round %d: update %s %s", answer.round, answer.upload.hex(),
-                             answer.status)  # fmt: skip
-                return [ev.Answered(answer)]
+            case DownTopic(to, kind) if to == device and kind in hearing.ANSWERS:
+                return [self._hear_answer(kind, message.payload)]
         return []
+
+    def _hear_answer(self, kind: str, signed: bytes) -> ev.Answered:
+        answer = hearing.answer(self.identity, kind, signed)
+        if isinstance(answer, Go):
+            self._shard = answer.shard
+        if isinstance(answer, Ack):
+            log.info("round %d: update %s %s", answer.round, answer.upload.hex(), answer.status)
+        return ev.Answered(answer)
 
     def _hear_identity(self, signed: bytes) -> None:
         """The server's keys, as the root signed them: newer ones take the place of ours."""
@@ -337,19 +287,16 @@ class Agent:
         self._link.subscribe([self._topics.round])  # the announcement may be signed by them
 
     def _hear_configuration(self, signed: bytes) -> list[ev.Event]:
-        answer = messages.opened(
-            self.identity.server_sign, "cfg", self.identity.scope, signed,
-            Welcome | Refused | Renewal,
-        )  # fmt: skip
-        match answer:
+        match hearing.configuration(self.identity, signed):
             case Refused(reason=reason):
                 log.warning("the server refuses: %s", reason)
                 return [ev.RenewalRefused(reason)]
-            case Renewal(keys=keys, spread_s=spread_s):
-                if is_meant(self.identity, answer):
-                    return [ev.RenewalAsked(keys, spread_s)]
+            case Renewal() as asked:
+                if is_meant(self.identity, asked):
+                    return [ev.RenewalAsked(asked.keys, asked.spread_s)]
                 return []
-        return [self._renewed(self._renewer.answer(self.identity, answer))]
+            case welcome:
+                return [self._renewed(self._renewer.answer(self.identity, welcome))]
 
     def _renewed(self, new: Identity) -> ev.Renewed:
         """What the server answered goes to the disk, and is used from now on."""
@@ -372,50 +319,16 @@ class Agent:
         identities.save(self._journal.folder, new, disk=self._journal.disk)
         self.identity = new
 
-    def _announced(self, signed: bytes) -> ev.Announced:
-        federation = self.identity.federation
-        payload = verify(self.identity.server_sign, f"round {federation}", signed)
-        announcement: Announcement = messages.decode(payload, Announcement)
-        if announcement.federation != federation:
-            raise PeerError("other_federation", "an announcement of another federation")
-        return ev.Announced(announcement, sha256(payload))
-
-    def _collect(self, kind: str, chunk: bytes) -> list[ev.Event]:
-        wanted = self._collecting.get(kind)
-        if wanted is None:
-            return []
-        try:
-            complete = wanted.pieces.add(chunk)
-        except PeerError as error:
-            if error.reason == "other_transfer":
-                return []  # a chunk of the version before: the new one follows
-            raise
-        if not complete:
-            return [ev.Fetching()]
-        try:
-            content = blobs.finish(wanted.blob, wanted.pieces)
-        except PeerError:
-            self._begin_collecting(kind, wanted.blob)  # from the start; it is asked for again
-            raise
-        self._stop_collecting(kind)
-        return self._fetched(kind, wanted.blob, content)
-
-    def _begin_collecting(self, kind: str, blob: Blob) -> None:
-        keys = self.identity.fleet_keys
-        epoch = self._participant.fleet_epoch
-        pieces = blobs.collector(blob, fleet_key=keys.get(epoch, self.identity.fleet_key))
-        self._collecting[kind] = _Collected(blob, pieces)
-
-    def _stop_collecting(self, kind: str) -> None:
-        if self._collecting.pop(kind, None) is not None:
-            self._link.unsubscribe([self._filter(kind)])
-
-    def _filter(self, kind: str) -> str:
-        return self._topics.all_tasks if kind == "task" else self._topics.all_models
+    def _collect(self, kind: Literal["task", "model"], chunk: bytes) -> list[ev.Event]:
+        match self._collecting.take(self._link, kind, chunk):
+            case Collected(blob=blob, content=content):
+                return self._fetched(kind, blob, content)
+            case "more":
+                return [ev.Fetching()]
+        return []
 
     def _stop(self, reason: str) -> None:
-        for kind in list(self._collecting):
-            self._stop_collecting(kind)
+        self._collecting.stop(self._link, "task", "model")
         self._bench.stop(reason)
 
     # ── what is to be done ──────────────────────────────────────────────────────────────
@@ -436,8 +349,8 @@ class Agent:
                 return self._bench.evaluate(self._participant.round, version)
             case ev.Keep(version, number):
                 self._keep(version, number)
-            case ev.Seal(announcement, digest, go):
-                return self._seal(announcement, digest, go)
+            case ev.Seal():
+                return self._seal(effect)
             case ev.Discard():
                 self._outbox.discard()
             case ev.Renew(keys, attempt):
@@ -451,9 +364,9 @@ class Agent:
         kind = {"Join": "join", "Init": "init", "NeedBlob": "need", "Report": "report"}[
             type(message).__name__
         ]
-        if isinstance(message, NeedBlob) and message.kind in self._collecting:
+        if isinstance(message, NeedBlob):
             # After a silence only: each time, the broker sends all of it again.
-            self._link.subscribe([self._filter(message.kind)])
+            self._collecting.ask(self._link, message.kind)
         signed = messages.signed(self.identity.keys.sign, kind, self.identity.scope, message)
         self._publish(kind, signed)
 
@@ -476,13 +389,15 @@ class Agent:
         stored = self._bench.stored_task(blob.digest) if kind == "task" else None
         if stored is not None:
             return self._fetched(kind, blob, stored)
+        keys = self.identity.fleet_keys
+        fleet_key = keys.get(self._participant.fleet_epoch, self.identity.fleet_key)
         try:
-            self._begin_collecting(kind, blob)
+            self._collecting.begin(kind, blob, fleet_key=fleet_key)
         except PeerError as error:
             return [ev.Failed(self._participant.round, str(error))]
         if kind == "model":
             self._bench.expect_model()
-        self._link.subscribe([self._filter(kind)])
+        self._collecting.ask(self._link, kind)
         return []
 
     def _fetched(self, kind: str, blob: Blob, content: bytes) -> list[ev.Event]:
@@ -511,73 +426,15 @@ class Agent:
 
     # ── sealing ─────────────────────────────────────────────────────────────────────────
 
-    def _seal(self, announcement: Announcement, digest: bytes, go: Go) -> list[ev.Event]:
-        taken = self._bench.take_update(announcement.delta_bound)
+    def _seal(self, wanted: ev.Seal) -> list[ev.Event]:
+        number = wanted.announcement.round
+        taken = self._bench.take_update(wanted.announcement.delta_bound)
         if taken is None:
-            return [ev.Failed(announcement.round, "there is nothing to send")]
-        trained, delta = taken
+            return [ev.Failed(number, "there is nothing to send")]
         self._participant.samples = self._bench.samples  # they may have been fetched anew
-        identity = self.identity
-        message = weights.encode(delta)
-        sealed = seal_update(
-            message,
-            Binding(identity.federation, identity.device, digest, go.upload),
-            round_key=announcement.round_key,
-            sender=identity.keys.kem,
-            psk=identity.psk,
-            ephemeral=KemKey.from_seed(self._random(KEY_BYTES)),
-            packet_bytes=go.packet_bytes,
-        )
-        init = Init(
-            round=announcement.round,
-            announcement=digest,
-            upload=go.upload,
-            enc=sealed.enc,
-            total_bytes=len(message),
-            body_bytes=sealed.layout.body_bytes,
-            tags=sealed.tags,
-            examples=min(trained.examples, announcement.weight_max),
-            train_s=trained.seconds,
-            metrics=_finite({"loss": trained.loss} | trained.metrics),
-        )
+        init, update = sealed(self.identity, wanted, *taken, random=self._random)
         try:
-            self._outbox.put(init, sealed)
+            self._outbox.put(init, update)
         except LocalError as error:
-            return [ev.Failed(announcement.round, str(error))]
+            return [ev.Failed(number, str(error))]
         return [ev.Sealed(init)]
-
-    # ── presence ────────────────────────────────────────────────────────────────────────
-
-    def _show_state(self) -> None:
-        """Show a state that lasts. In a short round the next comes before anyone could look."""
-        person = self._participant
-        present = Presence(
-            state=_PRESENCE[person.state],
-            boot=self._boot,
-            role=person.role,
-            round=person.round,
-            detail=person.detail[:_DETAIL_CHARS_MAX] if person.state in _TELLING else "",
-            measured=self._bench.measured,
-        )
-        now_s = self._clock()
-        if present != self._present:
-            self._present, self._present_since_s = present, now_s
-        if self._shown is None or now_s - self._present_since_s >= _LASTS_S:
-            self._show(present)
-
-    def _show(self, presence: Presence) -> None:
-        if presence == self._shown:
-            return
-        self._shown = presence
-        with contextlib.suppress(DiskFullError):
-            self._journal.show(presence)
-        try:
-            topic = self._topics.state(self.identity.device)
-            self._link.publish(topic, messages.encode_json(presence), retain=True)
-        except LinkError as error:
-            log.warning("not sent: %s", error)
-
-
-def _finite(metrics: dict[str, float]) -> dict[str, float]:
-    """What is no number cannot be averaged, and is left out."""
-    return {name: value for name, value in metrics.items() if math.isfinite(value)}

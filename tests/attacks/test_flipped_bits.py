@@ -137,12 +137,11 @@ class TamperedWorld(World):
 
 def device_now(agent):
     """All that a message could change at a device, but the count of what was refused."""
-    collected = {k: list(c.pieces.missing()) for k, c in agent._collecting.items()}
     return (
         agent.state,
         agent._participant.memory,
         agent.identity,
-        collected,
+        agent._collecting.missing(),
         files(agent._journal.folder, but=()),
     )
 
