@@ -95,7 +95,7 @@ def _secrets(home: Home) -> Iterator[Path]:
     yield home.database
     yield from sorted((home.folder / "bundles").glob("*.bundle"))
     with contextlib.suppress(LocalError):  # settings that cannot be read are told elsewhere
-        yield from sorted(home.logins())
+        yield from sorted(home.login_files(secret=True))
 
 
 def _root_key(home: Home) -> Iterator[Finding]:

@@ -10,7 +10,7 @@ import click
 from broker_bridge.disk import disk_errors
 from broker_bridge.errors import LocalError
 from server.commands.options import DIR, JSON
-from server.fleet.backup import back_up
+from server.fleet.backup import back_up, left_out
 from server.fleet.backup import restore as restore_fleet
 from server.fleet.home import Home
 
@@ -38,14 +38,17 @@ def backup(file: Path, folder: Path, passphrase_file: Path | None, as_json: bool
     """
     home = Home.find(folder)
     found = back_up(home, file, _passphrase(passphrase_file, twice=True), now=time.time())
-    size = file.stat().st_size
+    size, elsewhere = file.stat().st_size, [str(path) for path in left_out(home)]
     if as_json:
         click.echo(json.dumps(
             {"file": str(file), "bytes": size, "federation": found.federation,
-             "round": found.round, "model": found.model, "devices": found.devices}
+             "round": found.round, "model": found.model, "devices": found.devices,
+             "left_out": elsewhere}
         ))  # fmt: skip
         return
     click.echo(f"wrote {file}: {size:,} bytes, {found.devices} devices, up to round {found.round}")
+    if elsewhere:
+        click.echo(f"not in it, though midge.toml names it for the broker: {', '.join(elsewhere)}")
     click.echo("nobody can open it without the passphrase, you neither: keep that somewhere else")
 
 

@@ -32,17 +32,18 @@ from server.fleet.sealed_file import Cost, Reader, Writer
 from server.store.database import Database
 from server.store.transaction import Transaction
 
-__all__ = ["Contents", "Restored", "back_up", "restore"]
+__all__ = ["Contents", "Restored", "back_up", "left_out", "restore"]
 
 # The whole of these folders, and of broker/ and state/ what cannot be made again.
 _FILES = re.compile(
-    r"(keys|ca|server|operator|tasks)/[^/]+"
+    r"(keys|ca|server|operator|tasks|logins)/[^/]+"
     r"|broker/[^/]+\.(pem|acl)"
     r"|state/models/\d+\.(weights|optimiser)"
 )
 _NEVER = re.compile(r".*(\.new|lock)")
 _FOLDERS = (
-    "keys", "ca", "broker", "server", "operator", "bundles", "tasks", "state", "state/models",
+    "keys", "ca", "broker", "server", "operator", "bundles", "tasks", "logins", "state",
+    "state/models",
 )  # fmt: skip
 _DATABASE = "state/midge.db"
 _SETTINGS = "midge.toml"
@@ -176,6 +177,16 @@ def _whole(path: Path) -> Iterator[BinaryIO]:
             REAL_DISK.unlink(fresh)
             raise
     sync_folder(path.absolute().parent)
+
+
+def left_out(home: Home) -> list[Path]:
+    """The files that midge.toml names for its broker and that lie where no backup looks."""
+    named = home.login_files(secret=True) | home.login_files(secret=False)
+    here = home.folder.absolute()
+    return sorted(
+        path for path in named
+        if not (path.is_relative_to(here) and _FILES.fullmatch(path.relative_to(here).as_posix()))
+    )  # fmt: skip
 
 
 # ── And back ────────────────────────────────────────────────────────────────────────────

@@ -20,6 +20,7 @@ import fcntl
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from glob import glob
 from pathlib import Path
 
 import msgspec
@@ -39,6 +40,8 @@ from server.fleet.keys import ServerKeys, new_keys
 from server.fleet.roster import Roster, read_roster, write_roster
 
 __all__ = ["Home", "ServerKeys", "create"]
+
+_TABLES = ("broker", "broker.operator", "broker.devices")
 
 
 @dataclass(frozen=True)
@@ -127,21 +130,16 @@ class Home:
             self.folder / who / "client-key.pem",
         )
 
-    def logins(self) -> set[Path]:
-        """The files with secrets that midge.toml names for a broker of somebody else's, and what
-        lies in logins/ for devices. Raises LocalError.
+    def login_files(self, *, secret: bool) -> set[Path]:
+        """What is there of the files that midge.toml names for a broker of somebody else's: those
+        that hold a password or a key, or those for everybody. Raises LocalError.
         """
         broker = self.config().broker
-        named = {
-            self.folder / path
-            for name, table in ((SERVER, "broker"), (OPERATOR, "broker.operator"))
-            for login in [broker.login(table).of(name)]
-            for path in (login.password_file, login.key)
-            if path
-        }
-        certificates = {".pem", ".crt", ".cer"}
-        kept = (self.folder / "logins").glob("*")
-        return named | {path for path in kept if path.suffix not in certificates}
+        kinds = ("password_file", "key") if secret else ("ca", "certificate")
+        tables = [broker.login(each).of("*") for each in _TABLES]
+        named = {text for table in tables for kind in kinds if (text := getattr(table, kind))}
+        here = self.folder.absolute()
+        return {here / path for text in named for path in glob(text, root_dir=here)}
 
     @property
     def broker(self) -> Path:
