@@ -143,16 +143,19 @@ class Service:
             self._keep_rejects()
         if not self._postponed:
             self._handle([ev.Tick(self._clock())])
-        waiting = event
+        with self._link.together():
+            self._take_all(event)
+            while not self._results.empty():
+                self._handle([self._results.get()])
+            self._accept()
+
+    def _take_all(self, event: LinkEvent | None) -> None:
+        """Take what is already here before committing: many updates share one fsync."""
         taken = 0
-        while waiting is not None:
-            self._take(waiting)
+        while event is not None:
+            self._take(event)
             taken += 1
-            # Take what is already here before committing: many updates share one fsync.
-            waiting = self._link.receive(timeout_s=0) if taken < _TAKEN_MAX else None
-        while not self._results.empty():
-            self._handle([self._results.get()])
-        self._accept()
+            event = self._link.receive(timeout_s=0) if taken < _TAKEN_MAX else None
 
     def _take(self, event: LinkEvent) -> None:
         match event:

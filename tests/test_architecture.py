@@ -24,7 +24,7 @@ MAY_IMPORT = {
 # Where a foreign library is used. A reader who wants to know how opens that one place.
 # A home that ends in "/" is a folder.
 HOMES = {
-    "paho": ("broker_bridge/link/paho_session.py",),
+    "paho": ("broker_bridge/link/paho_client.py", "broker_bridge/link/paho_session.py"),
     "nacl": ("broker_bridge/wire/envelope.py",),
     "tflite_runtime": ("broker_bridge/task/runtime.py",),
     "ai_edge_litert": ("broker_bridge/task/runtime.py",),

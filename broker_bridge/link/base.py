@@ -10,6 +10,7 @@ One thread owns a Link. Only `close` and `wake` may be called from another.
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -80,6 +81,12 @@ class Link(Protocol):
         Survives a reconnect, not a restart of this process. Raises LinkError when the
         packet is larger than the broker accepts, the send queue is full or the link is
         closed, and ValueError for a topic with a wildcard: that is the caller's bug.
+        """
+
+    def together(self) -> AbstractContextManager[None]:
+        """What is published and acknowledged inside may wait for its end, and go out at once.
+
+        For an owner who answers many messages in a row; nothing inside may block.
         """
 
     def flush(self, timeout_s: float) -> bool:

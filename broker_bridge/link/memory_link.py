@@ -13,6 +13,7 @@ import heapq
 import random
 from collections import OrderedDict, deque
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 from broker_bridge.errors import LinkError
@@ -202,6 +203,10 @@ class MemoryLink:
     def room(self) -> int:
         """How many publishes would go out at once; 0 while there is no connection."""
         return self.limits.inflight_max if self._connected else 0
+
+    def together(self) -> AbstractContextManager[None]:
+        """Nothing to save here: each goes out as it comes."""
+        return nullcontext()
 
     def publish(self, topic: str, payload: bytes, *, retain: bool = False) -> None:
         """Hand a publish to the broker, or queue it while there is no connection."""

@@ -8,7 +8,6 @@ above 1023, and a server with many files open hands out such numbers.
 import random as _random
 import selectors
 import socket
-import ssl
 import threading
 import time
 from collections.abc import Callable
@@ -176,8 +175,7 @@ class PahoLink(PahoSession):
             if wanted != waited_for:
                 _change(selector, sock, waited_for, wanted)
                 waited_for = wanted
-            # Bytes that TLS has already decrypted are invisible to poll.
-            undelivered = reading and isinstance(sock, ssl.SSLSocket) and sock.pending() > 0
+            undelivered = reading and this.has_unread
             wait_s = 0.0 if undelivered else self._wait_s(this, time.monotonic())
             events = {key.fileobj: mask for key, mask in selector.select(wait_s)}
             if self._wake_read in events:

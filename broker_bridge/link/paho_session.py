@@ -37,6 +37,7 @@ from paho.mqtt.reasoncodes import ReasonCode
 
 from broker_bridge.limits import LIMITS
 from broker_bridge.link.base import LinkLimits, Message
+from broker_bridge.link.paho_client import RECEIVED_PACKET_BYTES_MAX, TRESPASS, GatheringClient
 from broker_bridge.link.queued_link import GOODBYE_S, MIB, QueuedLink, packet_bytes
 from broker_bridge.link.tls import Failure, explain, explain_refusal, explain_tls
 
@@ -46,9 +47,6 @@ log = logging.getLogger(__name__)
 
 _FILTERS_PER_SUBSCRIBE = 8  # what AWS IoT Core takes in one packet
 _UNSENT_DATA_TIMEOUT_MS = 30_000  # TCP gives up on a peer that acknowledges nothing
-_RECEIVED_PACKET_BYTES_MAX = 1 * MIB
-_READ_BYTES_MAX = 64 * 1024
-_TRESPASS = "it sent"  # begins what a broker did that no broker may
 _PACKETS_AT_ONCE = 32  # read before the owner gets a turn with the lock
 _GOOD_DEAL_BYTES = 16 * 1024  # more than greetings and a few control messages
 _UNSUPPORTED_VERSION = (0x01, 0x84)  # MQTT 3.1.1 and MQTT 5 spelling
@@ -93,28 +91,11 @@ class _LastError(logging.Logger):
         self.text = record.getMessage()
 
 
-class _BoundedClient(mqtt.Client):
-    """paho's client would take any packet, 256 MB long, and keep each one of QoS 2.
-
-    CONNECT says that we take no more than `_RECEIVED_PACKET_BYTES_MAX`, and every SUBSCRIBE
-    asks for QoS 1: a broker that does otherwise is hung up on before it is given memory.
-    """
-
-    def _sock_recv(self, bufsize: int) -> bytes:
-        if self._in_packet["remaining_length"] > _RECEIVED_PACKET_BYTES_MAX:
-            raise ConnectionAbortedError(
-                f"{_TRESPASS} a packet of more than {_RECEIVED_PACKET_BYTES_MAX} bytes"
-            )
-        if self._in_packet["command"] & 0xF6 == 0x34:
-            raise ConnectionAbortedError(f"{_TRESPASS} a message of QoS 2")
-        return super()._sock_recv(min(bufsize, _READ_BYTES_MAX))
-
-
 @dataclass
 class Connection:
     """One connection, from before it is dialled until it has ended."""
 
-    client: mqtt.Client
+    client: GatheringClient
     errors: "_LastError"
     farewell: list[Failure]
     connections_before: int
@@ -125,6 +106,11 @@ class Connection:
     def socket(self) -> Any:
         """The socket to wait for; None when paho has closed it."""
         return self.client.socket()
+
+    @property
+    def has_unread(self) -> bool:
+        """Whether there is something to read that waiting for the socket would not show."""
+        return self.client.has_unread()
 
 
 class PahoSession(QueuedLink):
@@ -167,6 +153,7 @@ class PahoSession(QueuedLink):
                 settings.host, settings.port, settings.keepalive_s, **self._session_options()
             )
             this.client.reconnect()
+            this.client.flush()
         except OSError as error:
             self._broken(this, error)
         this.greeting_ends_s = time.monotonic() + settings.connect_timeout_s
@@ -205,6 +192,7 @@ class PahoSession(QueuedLink):
         with self._changed:
             reading = not self._greeted(this) or self._may_read()
             self._hand_over(this.client)
+        this.client.flush()
         return reading, this.client.want_write()
 
     def _work(self, this: Connection, *, readable: bool, writable: bool) -> None:
@@ -213,12 +201,12 @@ class PahoSession(QueuedLink):
         if readable:
             # paho takes one packet a call; what else is here is taken without another wait.
             for _ in range(_PACKETS_AT_ONCE):
-                before = self.bytes_received
                 client.loop_read()
-                if self.bytes_received == before or not self._may_read():
+                if not (client.has_unread() and self._may_read()):
                     break
         if writable:
             client.loop_write()
+            client.flush()
         client.loop_misc()
 
     def _broken(self, this: Connection, error: OSError) -> None:
@@ -276,10 +264,10 @@ class PahoSession(QueuedLink):
         where = f"{self._settings.host}:{self._settings.port}"
         if "SSL" in text:
             return explain_tls(text, where=where)
-        if _TRESPASS in text:
+        if TRESPASS in text:
             return Failure(
                 f"hung up on the broker at {where}: "
-                f"{text[text.index(_TRESPASS) :]}, which no broker may"
+                f"{text[text.index(TRESPASS) :]}, which no broker may"
             )
         if greeted:
             return Failure(f"the connection to {where} was lost")
@@ -289,10 +277,10 @@ class PahoSession(QueuedLink):
             try_older_mqtt=True,
         )
 
-    def _make_client(self, errors: logging.Logger, farewell: list[Failure]) -> mqtt.Client:
+    def _make_client(self, errors: logging.Logger, farewell: list[Failure]) -> GatheringClient:
         settings = self._settings
         v5 = self._protocol == "5.0"
-        client = _BoundedClient(
+        client = GatheringClient(
             CallbackAPIVersion.VERSION2,
             client_id=settings.client_id,
             clean_session=None if v5 else settings.session_s == 0,
@@ -340,10 +328,10 @@ class PahoSession(QueuedLink):
         # Unacknowledged messages the broker may have on the way to us: with manual
         # acknowledgement this is what slows a sender down to our pace.
         properties.ReceiveMaximum = self._settings.receive_max
-        properties.MaximumPacketSize = _RECEIVED_PACKET_BYTES_MAX
+        properties.MaximumPacketSize = RECEIVED_PACKET_BYTES_MAX
         return {"clean_start": self._settings.session_s == 0, "properties": properties}
 
-    def _say_goodbye(self, client: mqtt.Client, greeted: bool, now: float) -> bool:
+    def _say_goodbye(self, client: GatheringClient, greeted: bool, now: float) -> bool:
         """While closing: wait for acknowledgements, give ours, disconnect. True: hang up."""
         if self._closing_since is None:
             return False
@@ -357,7 +345,7 @@ class PahoSession(QueuedLink):
                 client.disconnect()
         return False
 
-    def _hand_over(self, client: mqtt.Client) -> None:
+    def _hand_over(self, client: GatheringClient) -> None:
         """Give paho what the owner queued, no more publishes than the broker takes at once."""
         if not self._connected:
             return
@@ -371,13 +359,16 @@ class PahoSession(QueuedLink):
                 self._subscribing[subscription_id] = batch
         self._to_unsubscribe.clear()
         self._to_subscribe.clear()
+        if not self._outgoing:
+            return
         while self._outgoing and self._may_publish(time.monotonic()):
-            message = self._outgoing.popleft()
-            self._outgoing_bytes -= len(message.topic) + len(message.payload)
+            message = self._outgoing[0]
             if self._fits(message):
                 sent = client.publish(message.topic, message.payload, 1, message.retained)
                 self._inflight[sent.mid] = message
                 self.bytes_sent += len(message.topic) + len(message.payload)
+            self._outgoing.popleft()
+            self._outgoing_bytes -= len(message.topic) + len(message.payload)
         self._changed.notify_all()
 
     def _may_publish(self, now: float) -> bool:
@@ -450,7 +441,7 @@ class PahoSession(QueuedLink):
             topic = message.topic
         except UnicodeDecodeError:
             topic = ""
-        if topic and len(message.payload) <= _RECEIVED_PACKET_BYTES_MAX:
+        if topic and len(message.payload) <= RECEIVED_PACKET_BYTES_MAX:
             self._deliver(
                 topic,
                 bytes(message.payload),

@@ -17,7 +17,6 @@ import queue
 import resource
 import selectors
 import socket
-import ssl
 import threading
 import time
 from collections import deque
@@ -281,7 +280,7 @@ class Poller:
             else:
                 self._selector.unregister(link.file)
             link.waits_for = wanted
-        if reading and isinstance(sock, ssl.SSLSocket) and sock.pending() > 0:
+        if reading and link.this is not None and link.this.has_unread:
             self._again.add(link)  # invisible to the selector
 
     def _over(self, link: PolledLink, this: Connection) -> None:

@@ -10,7 +10,8 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from broker_bridge.errors import LinkError
 from broker_bridge.limits import LIMITS
@@ -24,6 +25,7 @@ log = logging.getLogger(__name__)
 MIB = 1024 * 1024
 GOODBYE_S = 1.0  # what close() waits for acknowledgements
 FRUITLESS_CONNECTIONS_MAX = 5
+_TOGETHER_MAX = 16  # messages and acknowledgements; more are worth a system call
 
 
 def packet_bytes(topic: str, payload: bytes, *, protocol: str) -> int:
@@ -69,10 +71,34 @@ class QueuedLink:
         self._woken = False
         self._closing_since: float | None = None
         self._crash: Exception | None = None
+        self._is_holding = False  # the owner's alone
+        self._held = 0
 
     def _poke(self) -> None:
         """The owner queued something: have the network half look at the queues."""
         raise NotImplementedError
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What is published and acknowledged inside may wait for its end. See `Link.together`."""
+        # Each poke costs a system call, and two threads that take turns for one message each.
+        self._is_holding = True
+        try:
+            yield
+        finally:
+            self._is_holding = False
+            self._let_go()
+
+    def _queued(self) -> None:
+        """One more publish or acknowledgement waits for the network half."""
+        self._held += 1
+        if not self._is_holding or self._held >= _TOGETHER_MAX:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        if self._held:
+            self._held = 0
+            self._poke()
 
     @property
     def limits(self) -> LinkLimits:
@@ -108,10 +134,11 @@ class QueuedLink:
                 )
             self._outgoing.append(Message(topic, payload, retain))
             self._outgoing_bytes += len(topic) + len(payload)
-        self._poke()
+        self._queued()
 
     def flush(self, timeout_s: float) -> bool:
         """Wait until the broker has acknowledged every publish; say whether it did."""
+        self._let_go()
         with self._changed:
             self._changed.wait_for(lambda: self._all_sent() or self._crash is not None, timeout_s)
             self._raise_crash()
@@ -179,7 +206,7 @@ class QueuedLink:
             return  # QoS 0: nothing to acknowledge
         with self._changed:
             self._acks.append(message.token)
-        self._poke()
+        self._queued()
 
     def close(self) -> None:
         """Send what is queued if the broker is there (a second at most), say goodbye, and stop."""
@@ -255,7 +282,8 @@ class QueuedLink:
             message = self._inflight.pop(packet_id, None)
             if message is not None and refusal is not None:
                 self._refuse(message.topic, refusal)
-            self._changed.notify_all()
+            if self._all_sent():  # nobody waits for less
+                self._changed.notify_all()
 
     def _subscribed(self, packet_id: int, refusals: Sequence[str | None]) -> None:
         """The broker answered a subscription, filter by filter."""

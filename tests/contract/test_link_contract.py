@@ -312,6 +312,40 @@ def test_flush_waits_for_the_broker_and_gives_the_room_back(engine):
     assert link.room() == link.limits.inflight_max
 
 
+def test_what_is_published_together_goes_out_at_the_end_at_the_latest(engine):
+    heard = listening(engine, "together/#")
+    link = connected(engine)
+    with link.together():
+        for number in range(3):
+            link.publish(f"together/{number}", b"x")
+    got = take(heard, 3)
+    assert [each.topic for each in got] == [f"together/{number}" for number in range(3)]
+
+
+def test_more_than_a_few_do_not_wait_for_each_other_and_a_flush_waits_for_none(engine):
+    heard = listening(engine, "many/#")
+    link = connected(engine)
+    with link.together():
+        for number in range(40):
+            link.publish(f"many/{number}", b"x")
+        assert len(take(heard, 10)) == 10
+        assert link.flush(GIVE_UP_S)
+    assert len(take(heard, 30)) == 30
+
+
+def test_many_small_and_large_messages_at_once_come_whole_and_in_order(engine):
+    """Whatever the pieces are in which they are written and read."""
+    heard = listening(engine, "sizes")
+    link = connected(engine)
+    payloads = [bytes([n % 251]) * size for n, size in enumerate([1, 5_000, 0, 60_000, 17, 2] * 9)]
+    with link.together():
+        for each in payloads:
+            while not link.room():
+                link.flush(0.01)
+            link.publish("sizes", each)
+    assert [each.payload for each in take(heard, len(payloads))] == payloads
+
+
 def test_without_a_connection_there_is_no_room_and_flush_says_so(engine):
     link = connected(engine)
     engine.drop(link, stay_away=True)
