@@ -15,7 +15,6 @@ when the update is on disk: no device hears `accepted` for what a crash could lo
 """
 
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import replace
 from enum import Enum
 from typing import Literal
@@ -29,12 +28,10 @@ from broker_bridge.wire.messages import (
     Announcement,
     Busy,
     Command,
-    Presence,
-    Reply,
     Report,
     RoundSummary,
-    Until,
 )
+from server.attendance import Attendance
 from server.events import (
     AbandonRound,
     Accepted,
@@ -58,7 +55,6 @@ from server.events import (
     Publish,
     Refused,
     Reported,
-    Respond,
     Room,
     Rules,
     Run,
@@ -70,10 +66,13 @@ from server.events import (
     Tick,
     Upload,
 )
+from server.measuring import Measured, Measuring, good_enough
+from server.orders import answer, ordered_run, refusal
 from server.round import Round
 
 __all__ = ["Coordinator", "Phase"]
 
+_NOBODY = Measured({})  # measured it
 _ROLL_CALL_S = 5.0  # in which devices say that they are there, after we or the broker came back
 
 
@@ -100,13 +99,10 @@ class Coordinator:
         self.detail = "waiting for a start"
         self.last: RoundSummary | None = None
         self.rejects: Counter[str] = Counter()
-        self._presence: dict[str, Presence] = {}
+        self._attendance = Attendance()
         self._now_s = 0.0
         self._round: Round | None = None
-        self._evaluation_until_s = 0.0
-        self._model_version = 0
-        self._reports: dict[str, Report] = {}
-        self._server_evaluates = False
+        self._measuring: Measuring | None = None  # the newest model
         self._trainers: set[str] = set()  # devices that joined in this run
         self._weight_max = LIMITS.examples_max
         self._connected = True
@@ -125,25 +121,20 @@ class Coordinator:
 
     def knows(self, device: str) -> bool:
         """Whether this device's presence was heard."""
-        return device in self._presence
+        return self._attendance.knows(device)
 
     def online(self, role: str = "train") -> list[str]:
         """The devices of this role that are here."""
-        return [
-            device
-            for device, presence in self._presence.items()
-            if presence.role == role and presence.state not in ("lost", "sleeping")
-        ]
+        return self._attendance.online(role)
 
     def status(self) -> dict[str, object]:
         """Everything an operator may want to know, as JSON types."""
-        states = Counter(p.state for p in self._presence.values())
         found: dict[str, object] = {
             "federation": self.federation,
             "phase": "paused" if self.paused else self.phase.value,
             "detail": self._trouble or self.detail,
             "devices": {"online": len(self.online()), "evaluating": len(self.online("evaluate"))}
-            | dict(states),
+            | self._attendance.states(),
             "rejected": dict(self.rejects),
         }
         if self.run is not None:
@@ -193,12 +184,11 @@ class Coordinator:
 
     def _take_up_measuring(self, last: RoundSummary, server_evaluates: bool) -> list[Effect]:
         """The server died between a new model and the decision whether it is good enough."""
-        self.last, self._model_version = last, last.model_version
-        self._server_evaluates = server_evaluates
-        self.phase, self.detail = Phase.EVALUATING, f"measuring model {last.model_version}"
-        self._evaluation_until_s = self._now_s + self.rules.evaluation_wait_s
+        self.last = last
+        self._begin_measuring(last.model_version, by_server=server_evaluates)
         if last.evaluation:
-            return self._decide(last.evaluation, last.evaluation_examples, last.evaluated_by)
+            found = Measured(last.evaluation, last.evaluation_examples, last.evaluated_by)
+            return self._decide(found)
         return [Evaluate(last.model_version)] if server_evaluates else []
 
     # ── one step ────────────────────────────────────────────────────────────────────────
@@ -218,7 +208,7 @@ class Coordinator:
             case LinkUp(resumed):
                 self._connected = True
                 if not resumed:
-                    self._presence.clear()  # whoever is there will say so again
+                    self._attendance.clear()  # whoever is there will say so again
                 return []
             case Room(trouble):
                 self._trouble = trouble
@@ -228,7 +218,7 @@ class Coordinator:
             case Started(run):
                 return self._started(run)
             case Seen(device, presence):
-                self._presence[device] = presence
+                self._attendance.seen(device, presence)
                 return []
             case ShutOut():
                 return self._shut_out(event)
@@ -245,7 +235,7 @@ class Coordinator:
             case Closed(version, server_evaluates):
                 return self._closed(version, server_evaluates)
             case Evaluated(version, examples, metrics):
-                return self._measured(version, examples, metrics, "server")
+                return self._measured(version, Measured(metrics, examples, "server"))
             case Reported(device, report):
                 return self._reported(device, report)
 
@@ -256,42 +246,27 @@ class Coordinator:
             case "start":
                 return self._start(command)
             case "status":
-                return [_answer(command, status=self.status())]
+                return [answer(command, status=self.status())]
             case "stop":
                 return self._stop(command)
             case "pause" | "resume":
                 if self.run is None:
-                    return [_refusal(command, 'no run is open; send {"cmd":"start"} first')]
+                    return [refusal(command, 'no run is open; send {"cmd":"start"} first')]
                 self.paused = command.cmd == "pause"
                 marked = MarkPaused(self.run, self.paused)
-                return [marked, _answer(command, status=self.status())]
+                return [marked, answer(command, status=self.status())]
 
     def _start(self, command: Command) -> list[Effect]:
         if self.run is not None:
             return [
-                _refusal(
+                refusal(
                     command,
                     f"run {self.run.id} of task {self.run.task!r} is open; "
                     'wait for it to end or send {"cmd":"stop"}',
                 )
             ]
-        target = command.target or self.rules.target
-        quorum = command.quorum or self.rules.quorum
-        if quorum < self.rules.quorum:
-            least = self.rules.quorum
-            return [_refusal(command, f"the quorum {quorum} is below this server's {least}")]
-        if target and quorum > target:
-            return [_refusal(command, f"the quorum {quorum} is more than the target {target}")]
-        run = Run(
-            id=0,
-            task=command.task or "",
-            rounds=command.rounds or (1 if command.until is None else 1000),
-            until=command.until,
-            target=target,
-            quorum=quorum,
-            deadline_s=command.deadline_s or self.rules.deadline_s,
-        )
-        return [StartRun(command, run)]
+        found = ordered_run(command, self.rules)
+        return [StartRun(command, found) if isinstance(found, Run) else refusal(command, found)]
 
     def _started(self, run: Run) -> list[Effect]:
         if self.run is not None:
@@ -303,12 +278,12 @@ class Coordinator:
 
     def _stop(self, command: Command) -> list[Effect]:
         if self.run is None:
-            return [_refusal(command, "no run is open; there is nothing to stop")]
+            return [refusal(command, "no run is open; there is nothing to stop")]
         effects: list[Effect] = []
         if self._round is not None:
             effects += self._abandon("stopped by the operator", counts=False)
         effects += self._end("stopped", "stopped by the operator")
-        return [*effects, _answer(command, status=self.status())]
+        return [*effects, answer(command, status=self.status())]
 
     def _end(self, status: Literal["done", "stopped", "failed"], reason: str) -> list[Effect]:
         run = self.run
@@ -325,16 +300,9 @@ class Coordinator:
             return self._gather()
         if self._round and self.phase is Phase.OPEN and self._now_s >= self._round.over_s:
             return self._deadline()
-        if self.phase is Phase.EVALUATING and self._now_s >= self._evaluation_over_s:
-            return self._decide({}, 0, "")
+        if self._measuring and self.phase is Phase.EVALUATING:
+            return self._wait_for_reports(self._measuring)
         return []
-
-    @property
-    def _evaluation_over_s(self) -> float:
-        """Nobody is waited for who does not show up: after a restart all are unknown at first."""
-        if self._server_evaluates or self.online("evaluate"):
-            return self._evaluation_until_s
-        return self._evaluation_until_s - max(0.0, self.rules.evaluation_wait_s - _ROLL_CALL_S)
 
     def _gather(self) -> list[Effect]:
         run = self.run
@@ -358,7 +326,11 @@ class Coordinator:
         self.phase, self.detail = Phase.OPEN, f"round {opened.announcement.round} is open"
         self._weight_max = opened.announcement.weight_max
         self._round = Round(
-            opened, self.rules, now_s=self._now_s, rejects=self.rejects, is_lost=self._is_lost
+            opened,
+            self.rules,
+            now_s=self._now_s,
+            rejects=self.rejects,
+            is_lost=self._attendance.is_lost,
         )
 
     def _deadline(self) -> list[Effect]:
@@ -420,8 +392,9 @@ class Coordinator:
 
     def _shut_out(self, event: ShutOut) -> list[Effect]:
         device, this = event.device, self._round
-        self._presence.pop(device, None)
-        self._reports.pop(device, None)
+        self._attendance.forget(device)
+        if self._measuring is not None:
+            self._measuring.forget(device)
         if this is None or self.phase not in (Phase.OPEN, Phase.CLOSING):
             return []
         place = this.uploads.get(device)
@@ -431,10 +404,6 @@ class Coordinator:
             self.phase, self.detail = Phase.OPEN, f"round {this.announcement.round} is open"
             effects += self._close_if_reached(this)
         return effects
-
-    def _is_lost(self, device: str) -> bool:
-        presence = self._presence.get(device)
-        return presence is not None and presence.state == "lost"
 
     def _close_if_reached(self, this: Round) -> list[Effect]:
         return self._close() if this.reached and self.phase is Phase.OPEN else []
@@ -474,81 +443,67 @@ class Coordinator:
         self._round = None
         done = self.run.rounds_done + 1
         self.run = replace(self.run, rounds_done=done, abandoned_in_a_row=0)
-        self._model_version, self._reports = version, {}
-        self._server_evaluates = server_evaluates
-        self.phase, self.detail = Phase.EVALUATING, f"measuring model {version}"
-        self._evaluation_until_s = self._now_s + self.rules.evaluation_wait_s
+        self._begin_measuring(version, by_server=server_evaluates)
         if server_evaluates:
             return [Evaluate(version)]
         if not self.online("evaluate"):
-            return self._decide({}, 0, "")
+            return self._decide(_NOBODY)
         return []
 
     # ── is it good enough? ──────────────────────────────────────────────────────────────
 
+    def _begin_measuring(self, version: int, *, by_server: bool) -> None:
+        self.phase, self.detail = Phase.EVALUATING, f"measuring model {version}"
+        self._measuring = Measuring(
+            version,
+            by_server=by_server,
+            over_s=self._now_s + self.rules.evaluation_wait_s,
+            examples_max=self._weight_max,
+        )
+
+    def _wait_for_reports(self, this: Measuring) -> list[Effect]:
+        """Nobody is waited for who does not show up: after a restart all are unknown at first."""
+        over_s = this.over_s
+        if not this.by_server and not self.online("evaluate"):
+            over_s -= max(0.0, self.rules.evaluation_wait_s - _ROLL_CALL_S)
+        return self._decide(_NOBODY) if self._now_s >= over_s else []
+
     def _reported(self, device: str, report: Report) -> list[Effect]:
-        if self.phase is not Phase.EVALUATING or report.model_version != self._model_version:
+        this = self._measuring_now(report.model_version)
+        if this is None:
             return []
         if device in self._trainers:
             raise PeerError("not_evaluating", f"{device} trains in this run; it cannot also judge")
-        examples = min(report.examples, self._weight_max)
-        self._reports[device] = msgspec.structs.replace(report, examples=examples)
-        if self._server_evaluates or not set(self.online("evaluate")) <= set(self._reports):
+        this.take(device, report)
+        if this.by_server or not this.has_all(self.online("evaluate")):
             return []
-        return self._decide(*_weighted(self._reports), "devices")
+        return self._decide(this.by_devices() or _NOBODY)
 
-    def _measured(
-        self, version: int, examples: int, metrics: Mapping[str, float], by: str
-    ) -> list[Effect]:
-        if self.phase is not Phase.EVALUATING or version != self._model_version:
-            return []
-        return self._decide(dict(metrics), examples, by)
+    def _measured(self, version: int, found: Measured) -> list[Effect]:
+        return [] if self._measuring_now(version) is None else self._decide(found)
 
-    def _decide(self, metrics: dict[str, float], examples: int, by: str) -> list[Effect]:
+    def _measuring_now(self, version: int) -> Measuring | None:
+        """The measuring of this model, if it goes on."""
+        this = self._measuring
+        at_it = self.phase is Phase.EVALUATING and this is not None and this.version == version
+        return this if at_it else None
+
+    def _decide(self, found: Measured) -> list[Effect]:
         run, last = self.run, self.last
         if run is None or last is None:
             return []
-        if not metrics and self._reports:
-            (metrics, examples), by = _weighted(self._reports), "devices"
+        if not found.metrics and self._measuring is not None:
+            found = self._measuring.by_devices() or found
         self.last = msgspec.structs.replace(
-            last, evaluation=metrics, evaluation_examples=examples, evaluated_by=by
+            last,
+            evaluation=dict(found.metrics),
+            evaluation_examples=found.examples,
+            evaluated_by=found.by,
         )
         effects: list[Effect] = [Publish(self.last)]
-        if _good_enough(run.until, metrics):
-            return effects + self._end("done", f"the model reached the target: {_brief(metrics)}")
+        if good_enough(run.until, found.metrics):
+            return effects + self._end("done", f"the model reached the target: {found}")
         if run.rounds_done >= run.rounds:
             return effects + self._end("done", f"{run.rounds_done} rounds are done")
         self.phase = Phase.GATHERING
         return effects + self._gather()
-
-
-def _weighted(reports: Mapping[str, Report]) -> tuple[dict[str, float], int]:
-    """The means over all examples that devices reported on."""
-    examples = sum(r.examples for r in reports.values())
-    names = set.intersection(*(set(r.metrics) for r in reports.values()))
-    return {
-        # Shares first: a sum of products could leave the range of a float.
-        name: sum(r.metrics[name] * (r.examples / examples) for r in reports.values())
-        for name in sorted(names)
-    }, examples
-
-
-def _good_enough(until: Until | None, metrics: Mapping[str, float]) -> bool:
-    if until is None or not metrics:
-        return False
-    # Written so that NaN, of which every comparison is false, is never good enough.
-    if until.accuracy is not None and not metrics.get("accuracy", 0.0) >= until.accuracy:
-        return False
-    return until.loss is None or metrics.get("loss", float("inf")) <= until.loss
-
-
-def _brief(metrics: Mapping[str, float]) -> str:
-    return ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
-
-
-def _answer(command: Command, *, status: dict[str, object] | None = None) -> Respond:
-    return Respond(Reply(ok=True, cmd=command.cmd, id=command.id, status=status))
-
-
-def _refusal(command: Command, sentence: str) -> Respond:
-    return Respond(Reply(ok=False, cmd=command.cmd, id=command.id, error=sentence))
