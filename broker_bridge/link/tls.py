@@ -158,7 +158,7 @@ def explain(error: OSError, *, host: str, port: int) -> Failure:
     if isinstance(error, ssl.SSLCertVerificationError):
         return Failure(
             f"the broker at {where} is not who it should be: {error.verify_message}; "
-            "check that the CA file belongs to this broker, that the broker's certificate "
+            "check that the CA (`ca` under [broker]) belongs to this broker, that its certificate "
             f"names {host!r}, and that this machine's clock is right",
             final=True,
         )
@@ -211,7 +211,7 @@ def explain_tls(text: str, *, where: str) -> Failure:
     if any(word in alert for word in _REFUSED_ALERTS):
         return Failure(
             f"the broker at {where} refused our client certificate; it may be from "
-            "another CA, expired or revoked: enrol again",
+            "another CA, expired or revoked: enrol again, or show one that this broker knows",
             final=True,
         )
     return Failure(f"TLS with {where} failed: {text}")
