@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from device_client.participant import State
-from device_client.simulation import Fate
+from device_client.simulation.fate import Fate
 
 ROOT = Path(__file__).parents[2]
 NAMES = [f"sim-{i:05d}" for i in range(1000)]
