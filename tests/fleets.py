@@ -75,12 +75,18 @@ DEVICE = [sys.executable, "-m", "device_client.cli"]
 def wait_until(true: Callable[[], Any], what: str, give_up_s: float = GIVE_UP_S) -> Any:
     """Wait until `true()` is, and return what it said."""
     until = time.monotonic() + give_up_s
-    while time.monotonic() < until:
+    while True:
+        is_over = time.monotonic() >= until  # before the last look, not after it
         found = true()
         if found:
             return found
+        assert not is_over, f"gave up waiting: {what}"
         time.sleep(0.02)
-    raise AssertionError(f"gave up waiting: {what}")
+
+
+def written_in(folder: Path) -> list[Path]:
+    """The files in a folder where somebody is at work, but for those not yet whole."""
+    return sorted(path for path in folder.iterdir() if path.suffix != ".new")
 
 
 def write_samples(path: Path, *, seed: int, rows: int = 48, labels: int = 7) -> str:
@@ -408,11 +414,12 @@ def _presence(state: str, role: str) -> bytes:
 
 
 class Program:
-    """A process whose output goes to a file."""
+    """A process whose output goes to a file, below that of the one before it."""
 
     def __init__(self, log: Path, *command: str) -> None:
         self.log_path = log
         with log.open("ab") as out:
+            self._begins_at = out.tell()
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, cwd=ROOT,
                 env=os.environ | {"PYTHONUNBUFFERED": "1"},
@@ -421,25 +428,28 @@ class Program:
 
     @property
     def log(self) -> str:
+        """All that is in the file, also of processes before this one."""
         return self.log_path.read_text(errors="replace")
+
+    @property
+    def said(self) -> str:
+        """What this process has said."""
+        return self.log_path.read_bytes()[self._begins_at :].decode(errors="replace")
 
     @property
     def is_running(self) -> bool:
         return self._process.poll() is None
 
     def wait_for(self, text: str, give_up_s: float = GIVE_UP_S) -> None:
-        """Wait until the process has said `text`."""
+        """Wait until this process has said `text`; those before it do not count."""
 
-        def said() -> bool:
-            if text in self.log:
-                return True
-            assert self.is_running, f"ended before it said {text!r}:\n{self.log}"
-            return False
+        def over() -> bool:
+            ended = not self.is_running  # first: its last words may be those
+            return text in self.said or ended
 
         with contextlib.suppress(AssertionError):
-            wait_until(said, text, give_up_s)
-            return
-        raise AssertionError(f"never said {text!r}:\n{self.log}")
+            wait_until(over, text, give_up_s)
+        assert text in self.said, f"never said {text!r}:\n{self.log}"
 
     def terminate(self) -> int:
         """SIGTERM, and the exit code."""
@@ -485,15 +495,10 @@ class Fleet:
 
     def start_server(self, *options: str) -> Program:
         log = self.folder / "server.log"
-        seen = log.read_text().count("the server is online") if log.exists() else 0
         self.server = self._run(log, *MIDGE, "server", "--dir", str(self.home.folder), *options)
-        server = self.server
-        wait_until(
-            lambda: server.log.count("the server is online") > seen or not server.is_running,
-            "the server comes up",
-        )
-        assert server.is_running, server.log
-        return server
+        self.server.wait_for("the server is online")
+        assert self.server.is_running, self.server.log
+        return self.server
 
     def enrol(self, *names: str) -> None:
         """Let devices in without a broker: their folders are as after `midge-device enrol`."""
@@ -544,10 +549,10 @@ class Fleet:
                 str(files.key), "-h", "localhost", "-p", str(self.port)]  # fmt: skip
 
     def listen(self, *filters: str, who: str = "operator") -> "Listener":
-        """Subscribe with the operator's or the server's certificate, and record."""
+        """Subscribe with the operator's or the server's certificate, and record from now on."""
         link = PahoLink.open(
             "localhost", self.port, client_id=f"listener-{len(self.links)}",
-            tls=self.home.tls(who), session_s=0,
+            tls=self.home.tls(who), session_s=0, wait_s=GIVE_UP_S,
         )  # fmt: skip
         self.links.append(link)
         return Listener(link, filters)
@@ -561,7 +566,18 @@ class Fleet:
         return {}
 
     def model_files(self) -> dict[str, bytes]:
-        return {p.name: p.read_bytes() for p in sorted((self.home.state / "models").iterdir())}
+        return {p.name: p.read_bytes() for p in written_in(self.home.state / "models")}
+
+    def status(self) -> dict[str, Any]:
+        """What the server says of itself, once it comes to answering."""
+
+        def answer() -> dict[str, Any] | None:
+            done = self.midge("status", "--json")
+            return json.loads(done.stdout) if done.returncode == 0 else None
+
+        found = wait_until(answer, "the server answers")
+        assert isinstance(found, dict)
+        return found
 
     def stop(self) -> None:
         for link in self.links:
@@ -578,6 +594,8 @@ class Listener:
         self._link = link
         self.messages: list[Message] = []
         link.subscribe(list(filters))
+        # What is said from here on is heard: nobody could wait for what came before.
+        wait_until(lambda: all(link._filters.values()), f"the broker takes {filters}")
 
     def hear(self) -> list[Message]:
         """All messages so far."""

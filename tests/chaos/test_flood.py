@@ -65,12 +65,6 @@ def joins(fleet):
     return lambda _: signed
 
 
-def status_of(fleet):
-    """What the server says, once it has worked off what the flood left in the broker."""
-    asked = fleet.midge("status", "--json")
-    return json.loads(asked.stdout) if asked.returncode == 0 else None
-
-
 @pytest.mark.parametrize("kind", ["garbage", "join", "data", "state"])
 def test_the_round_of_the_others_goes_on(fleet, kind):
     fleet.enrol(*NAMES, "evil")
@@ -91,7 +85,7 @@ def test_the_round_of_the_others_goes_on(fleet, kind):
         wait_until(lambda: "round 2 closed: 2 updates" in fleet.server.log, "the rounds end", 120)
     finally:
         flood.close()
-    status = wait_until(lambda: status_of(fleet), "the server answers")
+    status = fleet.status()  # once it has worked off what the flood left in the broker
     assert sum(status["rejected"].values()) > 100
     if kind != "data":
         assert status["rejected"]["too_fast"] > 100

@@ -1,6 +1,5 @@
 """The server's state on a disk that is full: nothing that was promised is lost, and it goes on."""
 
-import json
 import os
 import shutil
 import subprocess
@@ -55,10 +54,6 @@ def fleet_on(fleets, small_disk, settings):
     return fleet
 
 
-def status(fleet):
-    return json.loads(fleet.midge("status", "--json").stdout)
-
-
 def ready(fleet, name):
     wait_until(lambda: fleet.state_of(name).get("state") == "ready", f"{name} is there")
 
@@ -76,13 +71,13 @@ def test_a_server_that_runs_out_of_room_keeps_receipts_and_goes_on_when_there_is
     stuff = fill(small_disk, leave_bytes=0)
     ben.thaw()
     ben.wait_for("busy")
-    wait_until(lambda: "full" in status(fleet)["detail"], "the server says so")
-    assert status(fleet)["round"]["accepted"] == 1
+    wait_until(lambda: "full" in fleet.status()["detail"], "the server says so")
+    assert fleet.status()["round"]["accepted"] == 1
     assert fleet.server.is_running
     stuff.unlink()
     wait_until(lambda: "round 1 closed: 2 updates" in fleet.server.log, "the round ends")
     assert ann.log.count("trained") == ben.log.count("trained") == 1
-    assert "full" not in status(fleet)["detail"]
+    assert "full" not in fleet.status()["detail"]
 
 
 def test_a_server_lets_nobody_in_while_less_than_its_reserve_is_free(fleets, small_disk):
@@ -90,10 +85,10 @@ def test_a_server_lets_nobody_in_while_less_than_its_reserve_is_free(fleets, sma
     ann = fleet.device("ann")
     ready(fleet, "ann")
     stuff = fill(small_disk, leave_bytes=2_000_000)
-    wait_until(lambda: "the disk is full" in status(fleet)["detail"], "the server says so")
+    wait_until(lambda: "the disk is full" in fleet.status()["detail"], "the server says so")
     fleet.start_run(rounds=1)
     wait_until(lambda: "run 1 of task wearables started" in fleet.server.log, "the run begins")
-    assert "the disk is full" in status(fleet)["detail"]
+    assert "the disk is full" in fleet.status()["detail"]
     assert "round 1" not in fleet.server.log
     stuff.unlink()
     wait_until(lambda: "round 1 closed: 1 updates" in fleet.server.log, "the round ends")

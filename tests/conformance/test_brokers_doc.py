@@ -1,6 +1,5 @@
 """docs/brokers.md says what the tests found, and its nats.conf runs a fleet as it stands."""
 
-import json
 import re
 import socket
 
@@ -37,7 +36,7 @@ def test_a_fleet_enrols_and_trains_over_nats_with_the_configuration_in_the_doc(f
         listener.wait_for_json(TOPICS.state(name), state="ready")
     fleet.start_run(rounds=1, target=2)
     listener.wait_for_json(TOPICS.metrics, round=1, state="closed", accepted=2)
-    status = json.loads(fleet.midge("status", "--json").stdout)
+    status = fleet.status()
     assert status["rejected"] == {}
     assert "connection lost" not in fleet.server.log, "nobody hung up on a packet"
     assert "Violation" not in (fleet.folder / "nats.log").read_text(), (

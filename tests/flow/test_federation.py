@@ -104,7 +104,7 @@ def test_the_device_that_holds_its_data_out_sent_no_update(done):
 
 
 def test_nothing_was_refused_on_the_way(done):
-    status = json.loads(done.midge("status", "--json").stdout)
+    status = done.status()
     assert status["rejected"] == {}
     assert status["phase"] == "idle"
 

@@ -3,7 +3,6 @@
 `tests.shut_in` puts the units' restrictions on real processes; see there for which.
 """
 
-import json
 import shutil
 import sys
 
@@ -110,7 +109,7 @@ def test_a_federation_trains_with_server_device_and_broker_shut_in(tmp_path):
         fleet.start_run(task="wearables", rounds=2)
         closed = watching.wait_for_json(TOPICS.metrics, round=2, state="closed")
         assert closed["accepted"] == 1
-        assert json.loads(fleet.midge("status", "--json").stdout)["model_version"] == 3
+        assert fleet.status()["model_version"] == 3
         for program in fleet.programs:
             assert program.terminate() == 0, program.log
             assert "Operation not permitted" not in program.log
