@@ -53,7 +53,11 @@ class Engine:
         raise NotImplementedError
 
     def drop(self, link: Link, *, stay_away: bool = False) -> None:
-        """Cut the wire of `link`; with `stay_away` it cannot come back."""
+        """Cut the wire of `link`; with `stay_away` it cannot come back until it is let."""
+        raise NotImplementedError
+
+    def let_back(self, link: Link) -> None:
+        """Mend the wire of a link that was to stay away."""
         raise NotImplementedError
 
     def close(self) -> None:
@@ -69,6 +73,9 @@ class MemoryEngine(Engine):
 
     def drop(self, link, *, stay_away=False):
         link.drop(away_s=1e9 if stay_away else 0.0)
+
+    def let_back(self, link):
+        link._away_until_s = self.broker.now_s
 
 
 class PahoEngine(Engine):
@@ -93,9 +100,15 @@ class PahoEngine(Engine):
         return link
 
     def drop(self, link, *, stay_away=False):
-        proxy = next(proxy for each, proxy in self._open if each is link)
+        proxy = self._proxy_of(link)
         proxy.blocked = stay_away
         proxy.cut()
+
+    def let_back(self, link):
+        self._proxy_of(link).blocked = False
+
+    def _proxy_of(self, link):
+        return next(proxy for each, proxy in self._open if each is link)
 
     def close(self):
         for link, proxy in self._open:

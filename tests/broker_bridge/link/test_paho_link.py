@@ -18,7 +18,14 @@ from broker_bridge.link.queued_link import packet_bytes
 from broker_bridge.link.tls import TlsFiles
 from server.fleet.authority import Authority
 from tests.broker_bridge.link.proxy import Proxy
-from tests.broker_bridge.link.reading import GIVE_UP_S, event_of, messages_until, subscribed
+from tests.broker_bridge.link.reading import (
+    GIVE_UP_S,
+    cut_and_back,
+    event_of,
+    messages_until,
+    reason_of,
+    subscribed,
+)
 
 VERSIONS = pytest.mark.parametrize("protocol", ["5.0", "3.1.1"])
 
@@ -139,9 +146,7 @@ def test_a_line_that_breaks_but_carries_a_good_deal_each_time_is_not_left_alone(
         for _ in range(25):  # doubled each time, the wait would be days by now
             link.publish("t", bytes(50_000))
             assert link.flush(GIVE_UP_S)
-            proxy.cut()
-            event_of(link, Disconnected)
-            event_of(link, Connected)
+            cut_and_back(link, proxy.cut)
 
 
 # ------------------------------------------------------------------ the line stalls
@@ -163,9 +168,9 @@ def test_a_line_that_carries_nothing_is_noticed_by_the_keep_alive(plain_broker, 
 
 def test_an_idle_link_with_a_short_keep_alive_stays_connected(plain_broker, links):
     broker = plain_broker()
-    link = links(broker.port, "a", keepalive_s=1)
+    link = links(broker.port, "a", keepalive_s=2)
     event_of(link, Connected)
-    assert link.receive(3.0) is None
+    assert link.receive(4.5) is None  # a broker hangs up after one and a half keep-alives
     assert link.connections == 1
 
 
@@ -338,8 +343,8 @@ def test_mqtt_5_alone_does_not_fall_back(plain_broker, links):
     broker = plain_broker()
     with Proxy(broker.port) as proxy:
         proxy.swallow = b"\x00\x04MQTT\x05"
-        with pytest.raises(LinkError, match="did not answer"):
-            links(proxy.port, "a", connect_timeout_s=0.2, protocol="5.0", wait_s=0.5)
+        link = links(proxy.port, "a", connect_timeout_s=0.2, protocol="5.0", wait_s=None)
+        assert "did not answer" in reason_of(link)
 
 
 # ------------------------------------------------------------------ no connection, and why
@@ -348,19 +353,19 @@ def test_mqtt_5_alone_does_not_fall_back(plain_broker, links):
 def test_nothing_listens_there():
     port = free_port()
     with pytest.raises(LinkError, match=f"nothing listens at 127.0.0.1:{port}; start the broker"):
-        PahoLink.open("127.0.0.1", port, client_id="a", wait_s=0.2)
+        PahoLink.open("127.0.0.1", port, client_id="a", wait_s=2.0)
 
 
 def test_a_name_that_does_not_exist():
-    with pytest.raises(LinkError, match="no machine is called"):
-        PahoLink.open("broker.invalid", 8883, client_id="a", wait_s=1.0)
+    link = PahoLink.open("broker.invalid", 8883, client_id="a", wait_s=None)
+    assert "no machine is called" in reason_of(link)
 
 
 def test_something_that_is_no_broker():
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-        with pytest.raises(LinkError, match="is it an MQTT broker"):
-            PahoLink.open("127.0.0.1", port, client_id="a", wait_s=1.0, connect_timeout_s=0.2)
+        link = PahoLink.open("127.0.0.1", port, client_id="a", wait_s=None, connect_timeout_s=0.2)
+        assert "is it an MQTT broker" in reason_of(link)
 
 
 def test_something_that_speaks_another_protocol():
@@ -378,19 +383,19 @@ def test_something_that_speaks_another_protocol():
 
         threading.Thread(target=answer, daemon=True).start()
         port = listener.getsockname()[1]
-        with pytest.raises(LinkError, match="is it an MQTT broker"):
-            PahoLink.open("127.0.0.1", port, client_id="a", wait_s=1.0)
+        link = PahoLink.open("127.0.0.1", port, client_id="a", wait_s=None)
+        assert "is it an MQTT broker" in reason_of(link)
 
 
 def test_a_plain_broker_where_tls_was_expected(plain_broker, pki):
     broker = plain_broker()
     with pytest.raises(LinkError, match="TLS"):
-        PahoLink.open("127.0.0.1", broker.port, client_id="a", tls=pki.files("ward-1"), wait_s=0.5)
+        PahoLink.open("127.0.0.1", broker.port, client_id="a", tls=pki.files("ward-1"))
 
 
 def test_a_tls_broker_where_none_was_expected(tls_broker):
-    with pytest.raises(LinkError, match="TLS"):
-        PahoLink.open("127.0.0.1", tls_broker.port, client_id="a", wait_s=0.5)
+    link = PahoLink.open("127.0.0.1", tls_broker.port, client_id="a", wait_s=None)
+    assert "TLS" in reason_of(link)
 
 
 def test_a_broker_with_a_certificate_of_another_ca(tls_broker, pki, tmp_path):
