@@ -223,10 +223,12 @@ def answering(folder):
     program = Program(
         folder / "predict.log", *DEVICE, "predict", "--dir", str(folder), "--socket", str(path)
     )
-    wait_until(path.exists, "it answers")
-    yield folder, path, program
-    if program.is_running:
-        program.kill()
+    try:
+        wait_until(lambda: ask_or_none(path), "it answers")  # the file is there before
+        yield folder, path, program
+    finally:
+        if program.is_running:
+            program.kill()
 
 
 def ask(path, *questions):

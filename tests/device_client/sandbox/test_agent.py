@@ -1,5 +1,6 @@
 """A device whose training process dies or hangs says so and goes on: the next round works."""
 
+import contextlib
 import os
 import signal
 import sys
@@ -17,7 +18,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the kernel's pa
 @pytest.fixture(params=[3_000])
 def sandbox(tmp_path, request):
     source = write_samples(tmp_path / "ann.npz", seed=1, rows=request.param)
-    made = Sandbox(SandboxSettings(source, stall_s=1.5))
+    made = Sandbox(SandboxSettings(source))
     yield made
     made.close()
 
@@ -35,6 +36,8 @@ def test_a_crash_takes_the_training_process_and_not_the_device(sandbox, world, h
     def hit(progress):
         if not hits:
             hits.append(agent._bench._trainer.pid)
+            # To start may take long on a busy machine; who is stopped now says nothing more.
+            agent._bench._trainer._process._stall_s = 1.5
             os.kill(hits[0], how)
 
     agent._bench._on_progress = hit
@@ -67,7 +70,11 @@ def test_a_device_that_leaves_a_round_ends_its_training_and_keeps_the_process(sa
 
 def children(pid):
     found = Path(f"/proc/{pid}/task").glob("*/children")
-    return [int(each) for file in found for each in file.read_text().split()]
+    pids = []
+    for file in found:
+        with contextlib.suppress(OSError):  # a thread that has ended since
+            pids += map(int, file.read_text().split())
+    return pids
 
 
 def test_midge_device_trains_in_a_locked_process_and_ends_it(fleet):

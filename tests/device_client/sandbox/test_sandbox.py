@@ -172,7 +172,7 @@ def cpu_ticks(trainer):
 
 
 def test_a_process_without_work_ends_by_itself_and_the_next_round_starts_another(boxes):
-    trainer = boxes(idle_s=0.1).load(PLAN)
+    trainer = boxes(idle_s=0.5).load(PLAN)
     first = trainer.train(WEIGHTS, ONCE, seed=1)
     wait_until(lambda: trainer.pid is None, "it ends")
     again = trainer.train(WEIGHTS, ONCE, seed=1)
@@ -260,8 +260,8 @@ def test_a_process_that_is_killed_between_rounds_is_not_missed(boxes):
 
 
 def test_a_process_that_hangs_is_ended(boxes):
-    trainer = boxes(stall_s=1.5).load(PLAN)
-    pid = trainer.pid
+    trainer = boxes().load(PLAN)
+    pid, trainer._process._stall_s = trainer.pid, 1.5  # to start may take longer
     assert "no sign of life for 1.5 s" in dies(trainer, signal.SIGSTOP)
     assert not is_there(pid)
 
