@@ -84,6 +84,13 @@ class Shell:
             time.sleep(0.3)
         raise AssertionError(f"{line} never printed {wanted!r}:\n{seen}\n{self.logs()}")
 
+    def hears(self, words: str) -> None:
+        """Wait until a command in the background has printed these words."""
+        until = time.monotonic() + 90
+        while words not in self.logs():
+            assert time.monotonic() < until, f"{words!r} was never printed:\n{self.logs()}"
+            time.sleep(0.1)
+
     def logs(self) -> str:
         return "\n".join(path.read_text() for path in sorted(self.folder.glob("*.log")))
 
@@ -91,7 +98,7 @@ class Shell:
         for process in reversed(self.background):
             process.send_signal(signal.SIGTERM)
         for process in self.background:
-            process.wait(timeout=20)
+            process.wait(timeout=60)
 
 
 def test_the_readme_names_the_two_commands_first() -> None:
@@ -102,7 +109,7 @@ def test_your_own_fleet_in_five_commands(shell: Shell) -> None:
     lines = fleet_commands()
     shell.run(lines.pop(0))  # init
     shell.run(lines.pop(0))  # broker &
-    time.sleep(1)
+    shell.hears("mosquitto listens on")
     shell.run(lines.pop(0))  # server &
     shell.until("midge status --dir fleet", "waiting for a start")
     shell.run(lines.pop(0))  # device add

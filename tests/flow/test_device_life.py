@@ -11,7 +11,7 @@ from tests.fleets import MIDGE, TOPICS, wait_until
 @pytest.fixture
 def fleet(fleets):
     """A fleet whose broker is `midge broker`, and its server."""
-    made = fleets(settings="[rounds]\ndeadline_s = 30\n")
+    made = fleets()
     log = made.folder / "midge-broker.log"
     made.mosquitto = made._run(log, *MIDGE, "broker", "--dir", str(made.home.folder))
     made.mosquitto.wait_for("mosquitto listens on")

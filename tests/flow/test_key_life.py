@@ -54,7 +54,7 @@ def test_server_and_device_change_all_their_keys_while_they_run(fleet):
     assert fleet.midge("device", "rotate", "ann").returncode == 0
     ann.wait_for("new keys")
     wait_until(lambda: agree(fleet, "ann", before.keys), "both have the new keys")
-    wait_until(lambda: ann.log.count("connected to the broker") == 2, "it uses its certificate")
+    wait_until(lambda: ann.log.count("connected to the broker") >= 2, "it uses its certificate")
     fleet.home.next_epoch()
     a_round(fleet, 1)
     wait_until(lambda: identity_of(fleet, "ann").fleet_epoch == 2, "it has the new fleet key")

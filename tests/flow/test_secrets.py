@@ -91,11 +91,18 @@ def inner_key(data: bytes) -> bytes:
     return data[at : at + 32]
 
 
+def files_below(folder: Path) -> Iterator[tuple[Path, bytes]]:
+    """Every file and what is in it, where processes are at work: what went meanwhile is gone."""
+    for place, _, names in os.walk(folder):
+        for path in (Path(place, name) for name in sorted(names)):
+            with contextlib.suppress(FileNotFoundError):
+                yield path, path.read_bytes()
+
+
 def secrets_on_disk(*folders: Path) -> dict[str, bytes]:
     found: dict[str, bytes] = {}
-    for path in (p for folder in folders for p in sorted(folder.rglob("*")) if p.is_file()):
+    for path, text in (each for folder in folders for each in files_below(folder)):
         name = path.name
-        text = path.read_bytes()
         if text.startswith(b"-----BEGIN PRIVATE KEY") or b"\n-----BEGIN PRIVATE KEY" in text:
             found[str(path)] = inner_key(der(text.decode()))
         elif path.suffix in (".json", ".bundle"):
@@ -262,12 +269,16 @@ def done_wrong(seen: Seen, fleet: Fleet, bundles: dict[str, bytes]) -> None:
     for folder, name, main, command in with_keys(fleet):
         for damage in (cut_short, with_other_types):
             copy = away / "copy"
-            shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("spool", "models"))
+            shutil.copytree(folder, copy, ignore=AT_WORK)
             (copy / name).write_bytes(damage((folder / name).read_bytes()))
             done = typed(main, *command, "--dir", str(copy))
             seen.add(f"{command} with a damaged {name}", done.stdout + done.stderr)
             assert "Traceback" not in done.stderr, done.stderr
             shutil.rmtree(copy)
+
+
+# What comes and goes while it is copied: server and device are at work there.
+AT_WORK = shutil.ignore_patterns("spool", "models", "outbox", "*.new", "*.sock")
 
 
 def cut_short(data: bytes) -> bytes:

@@ -210,6 +210,7 @@ def test_the_folder_can_come_from_the_environment(alone):
 
 
 def test_json_is_json_for_every_command_that_offers_it(served):
+    wait_until(lambda: served.status()["phase"] == "idle", "no run is open")
     listener = served.listen(TOPICS.metrics)
     answers = {
         "device list": ["device", "list"],
@@ -226,7 +227,7 @@ def test_json_is_json_for_every_command_that_offers_it(served):
     assert found["device add"]["device"] == "new-one"
     assert found["status"]["phase"] == "idle"
     assert found["start"]["ok"]
-    listener.wait_for_json(TOPICS.metrics, state="closed")
+    listener.wait(lambda m: not m.retained and b'"state":"closed"' in m.payload, "this run's round")
     models = json.loads(served.midge("model", "list", "--json").stdout)
     assert [m["version"] for m in models][-2:] == [2, 1]
     offering = {" ".join(p) for p, c in ALL if any("--json" in o.opts for o in c.params)}
@@ -292,4 +293,4 @@ def test_held_out_samples_that_do_not_fit_the_task_are_refused_at_the_start(flee
     fleet.start()
     is_refusal(fleet.midge("start", "--task", "wearables"), "wrong.npz", "is outside 0")
     assert fleet.server.is_running
-    assert json.loads(fleet.midge("status", "--json").stdout)["phase"] == "idle"
+    assert fleet.status()["phase"] == "idle"
