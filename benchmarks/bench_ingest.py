@@ -5,8 +5,10 @@ the update was opened, checked and summed, and that it and its receipt are on th
 Server, broker and sender are processes of their own, as shipped: mutual TLS, ACL, QoS 1.
 
 Beside it, in the same run and through the same broker from the same sender: a bare paho
-subscriber that looks at nothing and keeps nothing, and, on one core alone, opening the
-same chunks (XChaCha20-Poly1305), writing and syncing one file, and copying memory.
+subscriber that looks at nothing and keeps nothing; the same subscriber, answering each
+update as a receipt does, which is the floor under whatever gives receipts; and, on one core
+alone, opening the same chunks (XChaCha20-Poly1305), writing and syncing one file, and
+copying memory.
 """
 
 import json
@@ -41,10 +43,12 @@ MB = 1_000_000
 TARGET = 0.5
 # Bytes of one update, and how many of them a repeat sends.
 SIZES = ((10_000, 1500), (100_000, 400), (1_000_000, 60), (10_000_000, 8))
-_SUBSCRIBER = """
+ANSWER_BYTES = 130  # a receipt: its signature, and what it says
+_SUBSCRIBER = f"""
 import ssl, sys, threading, time
 import paho.mqtt.client as mqtt
 port, ca, cert, key, want = int(sys.argv[1]), *sys.argv[2:5], int(sys.argv[5])
+answers, pending = "answer" in sys.argv, []
 got = first = 0
 done = threading.Event()
 def on_message(client, userdata, message):
@@ -52,6 +56,9 @@ def on_message(client, userdata, message):
     if not got:
         first = time.perf_counter()
     got += 1
+    if answers and message.topic.endswith("/last"):
+        pending.append(client.publish(
+            "midge/v1/answers/" + message.topic.split("/")[-2], bytes({ANSWER_BYTES}), 1))
     if got == want:
         print(time.perf_counter() - first, flush=True)
         done.set()
@@ -64,6 +71,8 @@ client.on_subscribe = lambda *_: print("ready", flush=True)
 client.connect("127.0.0.1", port)
 client.loop_start()
 done.wait(300)
+for each in pending:
+    each.wait_for_publish(30)
 client.disconnect()
 """
 
@@ -222,15 +231,47 @@ class Sender:
 
     def bare(self, ready: list[Ready]) -> float:
         """Send the same chunks to a bare subscriber; return its seconds from first to last."""
-        chunks = [(f"midge/v1/bare/{i}", c) for i, r in enumerate(ready) for c in r.sealed.chunks]
+        chunks = _bare_chunks(ready)
+        with self._subscriber(len(chunks)) as process:
+            self._publish(chunks)
+            assert process.stdout is not None
+            return float(process.stdout.readline())
+
+    def answered(self, ready: list[Ready]) -> float:
+        """The same, answering each update; return our seconds until the last answer."""
+        chunks = _bare_chunks(ready)
+        self.link.subscribe(["midge/v1/answers/+"])
+        with self._subscriber(len(chunks), "answer"):
+            started = time.perf_counter()
+            self._publish(chunks)
+            heard: set[str] = set()
+            while len(heard) < len(ready):
+                event = self.link.receive(30.0)
+                assert event is not None, f"{len(heard)} of {len(ready)} answers"
+                if isinstance(event, Message):
+                    self.link.ack(event)
+                    if event.topic.startswith("midge/v1/answers/"):
+                        heard.add(event.topic)
+            taken = time.perf_counter() - started
+        self.link.unsubscribe(["midge/v1/answers/+"])
+        return taken
+
+    def _subscriber(self, want: int, *more: str) -> subprocess.Popen[str]:
         tls = self.fleet.home.tls("server")
         command = [sys.executable, "-c", _SUBSCRIBER, str(self.fleet.port), str(tls.ca),
-                   str(tls.certificate), str(tls.key), str(len(chunks))]  # fmt: skip
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-            assert process.stdout is not None
-            assert process.stdout.readline().strip() == "ready"
-            self._publish(chunks)
-            return float(process.stdout.readline())
+                   str(tls.certificate), str(tls.key), str(want), *more]  # fmt: skip
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        assert process.stdout.readline().strip() == "ready"
+        return process
+
+
+def _bare_chunks(ready: list[Ready]) -> list[tuple[str, bytes]]:
+    return [
+        (f"midge/v1/bare/{i}/{'last' if chunk is r.sealed.chunks[-1] else 'more'}", chunk)
+        for i, r in enumerate(ready)
+        for chunk in r.sealed.chunks
+    ]
 
 
 # ── One core alone ──────────────────────────────────────────────────────────────────────
@@ -278,6 +319,7 @@ class Row:
     size: int
     ours: list[float]
     bare: list[float]
+    answered: list[float]
     cpu_s: list[float]
 
 
@@ -297,7 +339,7 @@ def measure(sizes: Sequence[tuple[int, int]], repeats: int) -> list[Row]:
 
 
 def _measure_size(sender: Sender, size: int, count: int, repeats: int) -> Row:
-    row = Row(size, [], [], [])
+    row = Row(size, [], [], [], [])
     for _ in range(repeats):
         ready = sender.prepare(size, count)
         sealed_mb = sum(len(c) for r in ready for c in r.sealed.chunks) / MB
@@ -306,6 +348,7 @@ def _measure_size(sender: Sender, size: int, count: int, repeats: int) -> Row:
         row.cpu_s.append((cpu_seconds([sender.fleet.server.pid]) - before) / count)
         sender.command(cmd="stop")
         row.bare.append(sealed_mb / sender.bare(ready))
+        row.answered.append(sealed_mb / sender.answered(ready))
     return row
 
 
@@ -315,14 +358,15 @@ def main() -> None:
     sizes = [(size, max(4, count // 4)) for size, count in SIZES] if is_quick() else SIZES
     rows = []
     for row in measure(sizes, 2 if is_quick() else 5):
-        ours, bare = Spread.of(row.ours), Spread.of(row.bare)
+        ours, bare, floor = Spread.of(row.ours), Spread.of(row.bare), Spread.of(row.answered)
         rows.append([
             f"{row.size:,} bytes", f"{ours.median * MB / row.size:,.1f}", ours.text(digits=1),
-            bare.text(digits=1), f"{ours.median / bare.median:.2f}",
+            bare.text(digits=1), f"{ours.median / bare.median:.2f}", floor.text(digits=1),
+            f"{ours.median / floor.median:.2f}",
             f"{Spread.of(row.cpu_s).median * 1000:,.2f} ms",
         ])  # fmt: skip
     table(["one update", "updates/s", "midge, MB/s", "bare paho, MB/s", "fraction",
-           "server CPU an update"], rows)  # fmt: skip
+           "paho that answers, MB/s", "fraction", "server CPU an update"], rows)  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="midge-bench-") as folder:
         table(
             ["one core alone", "MB/s"],
@@ -330,7 +374,7 @@ def main() -> None:
              ["copying memory", f"{copy_rate() / MB:,.0f}"],
              ["one file, written and synced", f"{disk_rate(Path(folder)) / MB:,.0f}"]],
         )  # fmt: skip
-    print(f"  target: fraction ≥ {TARGET}\n")
+    print(f"  target: fraction of bare paho ≥ {TARGET}\n")
 
 
 if __name__ == "__main__":
