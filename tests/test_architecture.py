@@ -41,9 +41,13 @@ NEVER_ON_A_DEVICE = {"cryptography", "keras", "rich", "sqlalchemy", "tensorflow"
 PURE = (
     "broker_bridge/wire/",
     "broker_bridge/task/taskfile.py",
+    "device_client/duties/",
     "device_client/participant.py",
     "device_client/renewing.py",
+    "server/attendance.py",
     "server/coordinator.py",
+    "server/measuring.py",
+    "server/orders.py",
     "server/round.py",
     "server/cohort.py",
     "server/quotas.py",
