@@ -1,8 +1,13 @@
 """Who a device is, on disk: whole or not there, and for its owner alone."""
 
+import json
+
+import msgspec
 import pytest
 
 from broker_bridge.errors import LocalError
+from broker_bridge.wire.enrolment import Credentials
+from broker_bridge.wire.messages import Configured
 from device_client import identity as identities
 from server.fleet.enrolment import add_device
 from server.fleet.home import create
@@ -124,3 +129,29 @@ def test_a_bundle_shows_no_secret_when_it_is_printed(fleet):
     read = identities.read_bundle(bundle(fleet, "shown"))
     assert read.token not in repr(read)
     assert "PRIVATE" not in repr(read)
+
+
+def test_an_identity_for_midges_own_broker_is_what_it_was_before_there_were_others(enrolled):
+    folder, _ = enrolled
+    assert "broker" not in json.loads((folder / "identity.json").read_bytes())
+
+
+def test_a_login_for_another_broker_stays_through_a_renewal_and_shows_its_own_files(enrolled):
+    folder, before = enrolled
+    login = Credentials(username="x", password="hush", certificate_pem="C", key_pem="K")
+    identity = msgspec.structs.replace(before, ca_pem="system", broker=login)
+    identities.save(folder, identity)
+    assert identities.load(folder) == identity
+    assert "hush" not in repr(identity)
+    answer = Configured(
+        device=identity.device, certificate_pem="NEW", certified_until=5, issued_at=9e9,
+        fleet_epoch=2, fleet_key=bytes(32),
+    )  # fmt: skip
+    after = identities.renewed(identity, answer, identity.keys)
+    assert (after.broker, after.certificate_pem) == (login, "NEW")
+    files = identities.tls_files(folder, after)
+    assert (files.ca, files.floor_s) == (None, 9e9)
+    assert (files.certificate.read_text(), files.key.read_text()) == ("C", "K")
+    nameless = msgspec.structs.replace(after, broker=Credentials(username="x", password="hush"))
+    files = identities.tls_files(folder, nameless)
+    assert (files.certificate, files.key) == (None, None)

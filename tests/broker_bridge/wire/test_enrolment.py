@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from broker_bridge.errors import PeerError
 from broker_bridge.wire import enrolment, messages
-from broker_bridge.wire.enrolment import Bundle, Contact
+from broker_bridge.wire.enrolment import Bundle, Contact, Credentials
 from broker_bridge.wire.envelope import KemKey, SignKey, exchange_to, seal_message
 from broker_bridge.wire.messages import (
     Configured,
@@ -214,6 +214,30 @@ BUNDLE = Bundle(
 
 def test_a_bundle_comes_back_as_it_was_written() -> None:
     assert Bundle.decode(BUNDLE.encode()) == BUNDLE
+
+
+def test_a_bundle_for_midges_own_broker_is_what_older_devices_read() -> None:
+    """They refuse a field that they do not know."""
+    assert set(json.loads(BUNDLE.encode())) == {
+        "midge_bundle", "federation", "device", "broker_host", "broker_port", "root_public",
+        "server_identity", "token", "token_expires", "ca_pem", "bootstrap_certificate_pem",
+        "bootstrap_key_pem",
+    }  # fmt: skip
+
+
+def test_a_bundle_carries_a_login_for_another_broker_and_shows_none_of_it() -> None:
+    login = Credentials(username="anna", password="hush", key_pem="SECRET", client_id="{name}")
+    bundle = msgspec.structs.replace(BUNDLE, broker=login)
+    assert Bundle.decode(bundle.encode()) == bundle
+    shown = repr([bundle, login, bundle.broker])
+    assert "hush" not in shown
+    assert "SECRET" not in shown
+    forged = json.loads(bundle.encode())
+    for change in ({"username": 1}, {"surprise": "x"}):
+        forged["broker"] = change
+        with pytest.raises(PeerError) as caught:
+            Bundle.decode(json.dumps(forged).encode())
+        assert caught.value.reason == "bad_bundle"
 
 
 def test_a_bundle_cut_short_at_any_length_is_refused() -> None:
