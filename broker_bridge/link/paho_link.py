@@ -123,14 +123,15 @@ class PahoLink(PahoSession):
 
     def _wait_for_first_connection(self, wait_s: float) -> None:
         def decided() -> bool:
-            final = self._failure is not None and self._failure.final
+            final = self._final_failure is not None
             return self.connections > 0 or final or self._crash is not None
 
         with self._changed:
             self._changed.wait_for(decided, wait_s)
             if self.connections > 0:
                 return
-            failure, crash = self._failure, self._crash
+            # Another try may have come before we woke, and say less.
+            failure, crash = self._final_failure or self._failure, self._crash
         if crash is not None:
             raise crash
         where = f"{self._settings.host}:{self._settings.port}"

@@ -101,6 +101,7 @@ class Connection:
     connections_before: int
     began_s: float
     greeting_ends_s: float = field(default=0.0)
+    shook_hands: bool = False  # TLS is up; in TLS 1.3 our certificate may yet be refused
 
     @property
     def socket(self) -> Any:
@@ -125,6 +126,7 @@ class PahoSession(QueuedLink):
         )
         self._settings = settings
         self._failure: Failure | None = None
+        self._final_failure: Failure | None = None  # stands, until a connection comes about
         self._carried_before = 0
         self._is_old = False  # the broker said that it does not speak MQTT 5
         self._delay_s = settings.backoff_first_s
@@ -153,6 +155,7 @@ class PahoSession(QueuedLink):
                 settings.host, settings.port, settings.keepalive_s, **self._session_options()
             )
             this.client.reconnect()
+            this.shook_hands = isinstance(this.socket, ssl.SSLSocket)
             this.client.flush()
         except OSError as error:
             self._broken(this, error)
@@ -221,9 +224,7 @@ class PahoSession(QueuedLink):
         if self._closing_since is not None:
             return 0.0
         greeted = self._greeted(this)
-        failure = (
-            this.farewell[0] if this.farewell else self._why_lost(this.errors.text, greeted=greeted)
-        )
+        failure = this.farewell[0] if this.farewell else self._why_lost(this, greeted=greeted)
         if not greeted and self._choose_protocol(failure):
             return 0.0
         if greeted and not self._is_old and self._settings.protocol == "auto":
@@ -251,6 +252,8 @@ class PahoSession(QueuedLink):
 
     def _report(self, failure: Failure) -> None:
         with self._changed:
+            if failure.final:
+                self._final_failure = failure
             is_news = self._connected or failure != self._failure
             self._failure = failure
             if is_news:
@@ -260,8 +263,8 @@ class PahoSession(QueuedLink):
 
     # ── Why a connection ended ──────────────────────────────────────────────────────────
 
-    def _why_lost(self, text: str, *, greeted: bool) -> Failure:
-        where = f"{self._settings.host}:{self._settings.port}"
+    def _why_lost(self, this: Connection, *, greeted: bool) -> Failure:
+        text, where = this.errors.text, f"{self._settings.host}:{self._settings.port}"
         if "SSL" in text:
             return explain_tls(text, where=where)
         if TRESPASS in text:
@@ -271,11 +274,11 @@ class PahoSession(QueuedLink):
             )
         if greeted:
             return Failure(f"the connection to {where} was lost")
-        return Failure(
-            f"{where} hung up without a word; is it an MQTT broker, and is TLS set "
-            "there as it is here?",
-            try_older_mqtt=True,
-        )
+        if this.shook_hands:
+            perhaps = "after the TLS handshake; is it an MQTT broker that takes our certificate?"
+        else:
+            perhaps = "at once; is it an MQTT broker, and is TLS set there as it is here?"
+        return Failure(f"{where} hung up without a word {perhaps}", try_older_mqtt=True)
 
     def _make_client(self, errors: logging.Logger, farewell: list[Failure]) -> GatheringClient:
         settings = self._settings
@@ -432,7 +435,7 @@ class PahoSession(QueuedLink):
         inflight = getattr(properties, "ReceiveMaximum", LIMITS.inflight_max)
         packet = min(packet, self._settings.packet_bytes_max or packet)
         with self._changed:
-            self._failure = None
+            self._failure = self._final_failure = None
             limits = LinkLimits(packet, min(inflight, self._settings.inflight_max), self._protocol)
             self._up(limits, resumed=resumed)
 
