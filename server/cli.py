@@ -19,9 +19,9 @@ from server.commands.keys import keys
 from server.commands.models import model
 from server.commands.rounds import pause, resume, start, status, stop, watch
 from server.commands.serving import server_command
+from server.commands.simulate import simulate
 from server.commands.units import unit
 from server.doctor import doctor
-from server.simulation import simulate
 from server.tasks.cli import task
 
 __all__ = ["main", "midge"]
