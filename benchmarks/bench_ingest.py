@@ -37,7 +37,7 @@ from broker_bridge.wire.topics import DownTopic
 from broker_bridge.wire.update import Binding, SealedUpdate, seal_update
 from device_client.identity import Identity
 from device_client.simulation.members import Members
-from server.simulation import enrol_members
+from server.simulation.members import enrol_members
 
 MB = 1_000_000
 TARGET = 0.5
