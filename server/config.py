@@ -34,8 +34,8 @@ class Broker(Login, frozen=True, kw_only=True):
 
     @property
     def is_foreign(self) -> bool:
-        """Whether devices get in with what midge did not make, and cannot take back."""
-        return self.devices.says_who
+        """Whether somebody gets in with what midge did not make, and cannot take back."""
+        return self.says_who or self.devices.says_who
 
     def login(self, table: str) -> Login:
         """What stands in the `table` `broker`, `broker.operator` or `broker.devices`, with what

@@ -231,10 +231,10 @@ def _logins(home: Home, config: ServerConfig) -> Iterator[Finding]:
         if config.broker.login(table).says_who:
             shown = found.tls.certificate if found.username is None else repr(found.username)
             yield Finding("login", "ok", f"the {who} is {shown} to {found.host}")
-    if config.broker.says_who and not config.broker.is_foreign:
+    if config.broker.says_who and not config.broker.devices.says_who:
         yield Finding(
             "login",
-            "problem",
+            "warning",
             "midge.toml has a login for the server and none for devices",
             "say under [broker.devices] what they show to the broker",
         )

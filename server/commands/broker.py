@@ -31,7 +31,7 @@ def broker(folder: Path, bind: str, port: int | None) -> None:
     """
     home = Home.find(folder)
     where = home.config().broker
-    if where.says_who or where.is_foreign:
+    if where.is_foreign:
         raise LocalError(
             f"midge.toml says how to log in at {where.host}, a broker of somebody else's, and "
             "`midge broker` knows no such logins; take them out of [broker] to run midge's own"
