@@ -17,6 +17,7 @@ from broker_bridge.wire.enrolment import Bundle
 from server.commands.options import DIR, JSON, host_port
 from server.config import Broker
 from server.fleet import additions
+from server.fleet.enrolment import broker_login
 from server.fleet.flash.parcel import cached_tasks, own_files, parcel, settings_text, tarball
 from server.fleet.flash.targets import TARGETS, Target, find_target
 from server.fleet.flash.wheelhouse import cache_folder
@@ -102,6 +103,12 @@ class What:
             return broker
         host, port = host_port(self.address)
         return msgspec.structs.replace(broker, host=host, port=port)
+
+    def must_get_in(self, names: Sequence[str]) -> None:
+        """Refuse a broker that wants what is not there for each of these. Raises LocalError."""
+        if self.made is None:
+            for name in names:
+                broker_login(self.home, self._broker(), name)
 
     def must_be_reachable(self) -> None:
         """Refuse a broker's address that means the device itself. Raises LocalError."""

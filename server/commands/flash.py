@@ -70,6 +70,7 @@ def flash(
     names = _names(device, count, pattern, image)
     wanted = What(Home.find(folder), **what)
     wanted.must_be_reachable()
+    wanted.must_get_in(names)
     if wanted.made is not None and count is not None:
         raise LocalError("a bundle is for one device; leave --bundle out")
     joined = _asked(ssid, wifi_country, wifi_hidden)

@@ -23,6 +23,7 @@ from device_client.access import access_to_work
 from device_client.cli import main as midge_device
 from device_client.config import DeviceConfig
 from server.cli import main as midge
+from server.commands.bundle import What
 from server.fleet import additions
 from server.store.database import Database
 from tests.company import Company
@@ -337,6 +338,8 @@ def test_no_bundle_is_made_without_what_its_device_needs(at_work, changed):
     is_refusal(at_work.says("device", "add", "fay"), "logins/fay", "no such file")
     at_work.company.keep(at_work.home, "ward-1", "first")
     is_refusal(at_work.says("device", "add", "--count", "2", "--name", "ward-{}"), "logins/ward-2")
+    is_refusal(at_work.says("flash", "--count", "2", "--name", "ward-{}", "--image", "none.img",
+                            "--broker", "192.0.2.7:8883"), "logins/ward-2")  # fmt: skip
     at_work.company.settings(at_work.fleet, LINES.partition("[broker.devices]")[0])
     is_refusal(at_work.says("device", "add", "fay"), "[broker.devices]", "--broker-username")
     assert sorted(at_work.home.glob("bundles/*")) == before
@@ -348,6 +351,14 @@ def test_no_bundle_is_made_without_what_its_device_needs(at_work, changed):
     assert (made["username"], made["password"]) == ("pool-7", "a word")
     is_refusal(at_work.says("device", "add", "fay", "--broker-key", str(other)),
                "certificate and key belong together")  # fmt: skip
+
+
+def test_a_card_or_a_file_that_installs_a_device_carries_its_login_too(at_work):
+    at_work.company.keep(at_work.home, "kim", "a word of kim's")
+    what = What(at_work.fleet.home, data="", own=(), role="train", task_cache=False, days=1.0,
+                by_hand=False, made=None, address="192.0.2.7:8883", wheels=None)  # fmt: skip
+    bundle = json.loads(what.token("kim", time.time())[0])
+    assert (bundle["broker_host"], bundle["broker"]["password"]) == ("192.0.2.7", "a word of kim's")
 
 
 def test_settings_that_contradict_themselves_are_refused(at_work, changed):
