@@ -109,7 +109,8 @@ def _converse(
                 return answer
     raise LinkError(
         f"the broker at {bundle.broker_host}:{bundle.broker_port} answers, but the server of "
-        f"{bundle.federation!r} does not; start it with `midge server`, then try again"
+        f"{bundle.federation!r} does not; start it with `midge server`; if it runs, a newer bundle "
+        f"was made for {bundle.device}, and this one is void"
     )
 
 

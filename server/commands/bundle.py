@@ -97,6 +97,14 @@ class What:
             raise LocalError(f"{path} is for the device {found.device!r}, not {device!r}")
         return data, found.token_expires
 
+    def is_replaced(self, device: str) -> bool:
+        """Whether a new token takes the place of one that nobody has used yet."""
+        if self.made is not None:
+            return False
+        with contextlib.closing(Database(self.home.database)) as db, db.reading() as tx:
+            former = tx.token(device)
+        return former is not None and former.used_at is None
+
     def _broker(self) -> Broker:
         broker = self.home.config().broker
         if not self.address:
@@ -155,6 +163,7 @@ def bundle(
     wanted = What(Home.find(folder), **what)
     found = [find_target(name) for name in targets]
     wanted.parcel(found, None, now)  # whatever cannot be had is found out before a token is made
+    replaced = bool(device) and wanted.is_replaced(device or "")
     token, expires = wanted.token(device, now) if device else (None, "")
     name = f"midge-{device or 'upgrade'}"
     data = tarball(wanted.parcel(found, token, now), name)
@@ -166,6 +175,8 @@ def bundle(
     click.echo(
         f"wrote {out}: {len(data) / 1e6:.1f} MB for {', '.join(targets)}, no internet needed"
     )
+    if replaced:
+        click.echo(f"the card or bundle made before for {device} enrols no more")
     if device:
         click.echo(f"it holds a secret: it enrols one device, once, until {expires}")
     click.echo(f"next, on the device: tar xzf {out.name} && sudo {name}/install.sh")

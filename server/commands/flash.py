@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,17 +11,16 @@ from typing import Any
 
 import click
 
-from broker_bridge import checkup
 from broker_bridge.disk import disk_errors, write_atomic
 from broker_bridge.errors import LocalError
 from broker_bridge.wire.envelope import fingerprint, random_bytes
 from server.commands.bundle import FILE, FOLDER, What, what_options
+from server.commands.flashed import BOOT, IMAGE, doctor, undo, verify
 from server.commands.options import DIR, JSON
 from server.fleet.additions import names_from
 from server.fleet.authority import check_device_name
 from server.fleet.flash import flashing
-from server.fleet.flash.card import Card, copy_image, open_card
-from server.fleet.flash.diagnosis import diagnose
+from server.fleet.flash.card import Card, ImageCard, copy_image, look_into, open_card
 from server.fleet.flash.firstboot import Login, Wifi, login, wifi
 from server.fleet.flash.flashing import Settings
 from server.fleet.flash.labels import Written, as_csv, as_labels
@@ -29,19 +29,17 @@ from server.store.database import Database
 
 __all__ = ["flash"]
 
-_BOOT = click.option("--boot", type=FOLDER, help="A card's boot partition that is mounted here.")
-_IMAGE = click.option("--image", type=FILE, help="An image of Raspberry Pi OS, .img or .img.xz.")
-
 
 @click.group(invoke_without_command=True)
 @click.option("--device", help="The device's name; it becomes its host name too.")
-@_IMAGE
-@_BOOT
-@click.option("--out", type=FOLDER, default=Path("cards"), show_default=True,
-              help="Where the images go: one for each device, NAME.img.")  # fmt: skip
+@IMAGE
+@BOOT
+@click.option("--out", type=FOLDER,
+              help="Where images go, NAME.img; default: cards/ in the fleet's folder.")  # fmt: skip
 @click.option("--count", type=click.IntRange(1, 1000), help="Write so many cards (with --image).")
 @click.option("--name", "pattern", help="Their names, as in 'ward-{:02}'.")
-@click.option("--wifi", "ssid", help="Join this network; its passphrase is asked for.")
+@click.option("--wifi", "ssid", help="Join this network; its passphrase is asked for, or in "
+              "MIDGE_WIFI_PASSPHRASE.")  # fmt: skip
 @click.option("--wifi-country", default="", help="Whose rules hold for wifi, as in GB.")
 @click.option("--wifi-hidden", is_flag=True, help="The network does not show its name.")
 @click.option("--ssh-key", type=FILE, help="A public key that may log in; without it nobody may.")
@@ -53,7 +51,7 @@ _IMAGE = click.option("--image", type=FILE, help="An image of Raspberry Pi OS, .
 @DIR
 @JSON
 def flash(
-    device: str | None, image: Path | None, boot: Path | None, out: Path,
+    device: str | None, image: Path | None, boot: Path | None, out: Path | None,
     count: int | None, pattern: str | None, ssid: str | None, wifi_country: str, wifi_hidden: bool,
     ssh_key: Path | None, user: str, replace: bool, dry_run: bool, no_wait: bool, folder: Path,
     as_json: bool, **what: Any,
@@ -77,9 +75,12 @@ def flash(
     who = _login(user, ssh_key)
     job = _Job(wanted, joined, who, replace=replace, quiet=as_json)
     began = time.time()
-    if dry_run:
-        job.show(open_card(boot, _unpacked(image)), names[0])
-        return
+    with _looked_into(boot, image) as card:
+        if dry_run:
+            job.show(card, names[0])
+            return
+        flashing.check_card(card, replace=replace)  # before anything is copied
+    out = out or wanted.home.folder / "cards"
     written = [job.flash(name, boot, image, out) for name in names]
     _list(out, written, wanted, count)
     if as_json:
@@ -110,10 +111,17 @@ def _names(
 
 def _asked(ssid: str | None, country: str, hidden: bool) -> Wifi | None:
     if ssid is None:
+        if country or hidden:
+            raise LocalError("which wifi is that about? say --wifi SSID too")
         return None
     wifi(ssid, "", country=country)  # what is wrong with these is said before the question
     passphrase = os.environ.get("MIDGE_WIFI_PASSPHRASE")
     if passphrase is None:
+        if not sys.stdin.isatty():
+            raise LocalError(
+                f"there is no terminal to ask for the passphrase of {ssid}; put it into the "
+                "environment as MIDGE_WIFI_PASSPHRASE"
+            )
         passphrase = click.prompt(
             f"Passphrase of {ssid} (empty: an open network)", hide_input=True, default="",
             show_default=False, err=True,
@@ -128,10 +136,11 @@ def _login(user: str, ssh_key: Path | None) -> Login | None:
         return login(user, ssh_key.read_text(errors="replace"))
 
 
-def _unpacked(image: Path | None) -> Path | None:
-    if image is not None and image.suffix == ".xz":
-        raise LocalError(f"a dry run looks into an image that is unpacked; say: xz -dk {image}")
-    return image
+def _looked_into(boot: Path | None, image: Path | None) -> contextlib.AbstractContextManager[Card]:
+    """The card as it is now, for reading."""
+    if image is not None and boot is None:
+        return look_into(image)
+    return contextlib.nullcontext(open_card(boot, image))
 
 
 @dataclass(frozen=True)
@@ -146,31 +155,43 @@ class _Job:
 
     def flash(self, device: str, boot: Path | None, image: Path | None, out: Path) -> Written:
         """Write one card. Raises LocalError; then the card is as it was, or is no more."""
-        now = time.time()
-        copy = None
-        if image is not None and boot is None:
-            copy = out / f"{device}.img"
-            with disk_errors(out):
-                out.mkdir(parents=True, exist_ok=True)
-            copy_image(image, copy)
+        if image is None:
+            return self._write(open_card(boot, image), device)
+        with disk_errors(out):
+            out.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # Under another name until it is whole: half a card looks like one.
+        copy, part = out / f"{device}.img", out / f"{device}.img.part"
+        if copy.exists():
+            raise LocalError(f"{copy} is there already; remove it, or say another --out")
+        with disk_errors(part):
+            part.unlink(missing_ok=True)
+        copy_image(image, part)
         try:
-            return self._write(open_card(boot, copy or image), device, now)
+            written = self._write(ImageCard(part, called=copy), device)
+            with disk_errors(copy):
+                part.replace(copy)
         except BaseException:
-            if copy is not None:
-                copy.unlink(missing_ok=True)  # half a card looks like a whole one
+            part.unlink(missing_ok=True)
             raise
+        return written
 
-    def _write(self, card: Card, device: str, now: float) -> Written:
+    def _write(self, card: Card, device: str) -> Written:
+        now = time.time()
         system = flashing.check_card(card, replace=self.replace)
         self._say("image", system.name)
-        self.what.parcel([system.target], None, now)  # all there, before a token is made
+        settings = self._settings(device)
+        # All that can be found out is, before a token is made.
+        empty = self.what.parcel([system.target], None, now)
+        anew = flashing.manifest(card) is not None  # then what it replaces makes the room
+        card.check_room({} if anew else flashing.boot_files(card, system, settings, empty))
+        if self.what.is_replaced(device):
+            self._say("note", f"the card or bundle made before for {device} enrols no more")
         token, expires = self.what.token(device, now)
         files = self.what.parcel([system.target], token, now)
         wheels = [name for name in files if name.endswith(".whl")]
         size = sum(len(data) for data in files.values())
         self._say("bundle", f"{size / 1e6:.1f} MB offline, {len(wheels)} wheels, sha256 checked")
         self._say("identity", f"one-time token until {expires}; the device makes its own keys")
-        settings = self._settings(device)
         content = flashing.boot_files(card, system, settings, files)
         flashing.write(card, system, settings, content, made_at=int(now), token_expires=expires)
         tops = sorted({name.split("/")[0] for name in content})
@@ -215,12 +236,20 @@ def _say_next(written: list[Written], boot: Path | None) -> None:
         return
     for card in written:
         click.echo(f"  next       rpi-imager --cli {card.image} /dev/sdX   (the card, not a disk)")
+    click.echo("             then remove the file: what is secret on the card is in it, too")
 
 
 def _wait(home: Home, names: list[str], began: float) -> None:
     """Say when each device has enrolled. Ctrl-C ends the waiting, and nothing else."""
+    click.echo(f"waiting for {', '.join(names)} …  (Ctrl-C: stop waiting, the card is done)")
+    try:
+        _watch(home, names, began)
+    except KeyboardInterrupt:
+        click.echo("\nnot waiting any more; `midge device list` shows who has enrolled")
+
+
+def _watch(home: Home, names: list[str], began: float) -> None:
     left = list(names)
-    click.echo(f"waiting for {', '.join(left)} …  (Ctrl-C: stop waiting, the card is done)")
     with contextlib.closing(Database(home.database)) as db:
         while left:
             with db.reading() as tx:
@@ -238,74 +267,5 @@ def _wait(home: Home, names: list[str], began: float) -> None:
             time.sleep(1.0 if left else 0)
 
 
-@flash.command("verify")
-@_BOOT
-@_IMAGE
-@JSON
-def verify(boot: Path | None, image: Path | None, as_json: bool) -> None:
-    """Compare a card with what midge wrote on it.
-
-    \b
-    Example:
-      midge flash verify --boot /media/me/bootfs
-    """
-    card = _there(boot, image)
-    found = flashing.manifest(card)
-    if found is None:
-        raise LocalError(f"midge wrote nothing on {card.where}; write it with `midge flash`")
-    other = flashing.differences(card, found)
-    booted = card.read("midge/log/install.txt") is not None
-    if as_json:
-        facts = {"device": found.device, "files": len(found.wrote), "different": other,
-                 "booted": booted}  # fmt: skip
-        click.echo(json.dumps(facts))
-    elif booted:
-        click.echo(f"{found.device} has booted from this card; ask `midge flash doctor` about it")
-    elif not other:
-        click.echo(f"{found.device}: all {len(found.wrote)} files are as they were written")
-    if other and not booted:
-        raise LocalError(
-            f"{card.where}: {other[0]} and {len(other) - 1} more are not as they were written; "
-            "flash it again"
-        )
-
-
-@flash.command("undo")
-@_BOOT
-@_IMAGE
-@JSON
-def undo(boot: Path | None, image: Path | None, as_json: bool) -> None:
-    """Take everything of midge off a card, and put back what was there.
-
-    \b
-    Example:
-      midge flash undo --boot /media/me/bootfs
-    """
-    card = _there(boot, image)
-    found = flashing.undo(card)
-    if as_json:
-        click.echo(json.dumps({"device": found.device, "restored": found.kept}))
-        return
-    click.echo(
-        f"{card.where} is as it was before midge; the token for {found.device} is still good"
-    )
-
-
-@flash.command("doctor")
-@_BOOT
-@_IMAGE
-@JSON
-def doctor(boot: Path | None, image: Path | None, as_json: bool) -> None:
-    """Read from a card what happened on its device, and say what to do.
-
-    \b
-    Example:
-      midge flash doctor --boot /media/me/bootfs
-    """
-    findings = list(diagnose(_there(boot, image)))
-    checkup.show(findings, as_json=as_json)
-    click.get_current_context().exit(checkup.exit_code(findings))
-
-
-def _there(boot: Path | None, image: Path | None) -> Card:
-    return open_card(boot, _unpacked(image))
+for _command in (verify, undo, doctor):
+    flash.add_command(_command)

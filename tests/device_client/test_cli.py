@@ -155,6 +155,15 @@ def test_a_used_token_is_refused_to_other_keys(served, tmp_path):
     is_refusal(said("enrol", path, "--dir", tmp_path / "second"), "used by other keys")
 
 
+def test_a_bundle_in_whose_place_there_is_a_newer_one_is_named(served, tmp_path):
+    old = tmp_path / "old.bundle"
+    shutil.copy(bundle_of(served, "again"), old)
+    new = bundle_of(served, "again")
+    done = said("enrol", old, "--dir", tmp_path / "again", "--wait", "1")
+    is_refusal(done, "a newer bundle was made for again, and this one is void")
+    assert said("enrol", new, "--dir", tmp_path / "again").returncode == 0
+
+
 # ── Answers ─────────────────────────────────────────────────────────────────────────────
 
 

@@ -30,6 +30,8 @@ def unpacked(fleet, tmp_path, *options):
     folder = out.with_suffix(".unpacked")
     with tarfile.open(out) as archive:
         archive.extractall(folder, filter="data")
+        secret = [e.mode for e in archive if "/data/" in e.name or e.name.endswith(".bundle")]
+    assert set(secret) <= {0o600}, "readable for whoever else is on that machine"
     (top,) = folder.iterdir()
     return top
 
@@ -85,6 +87,8 @@ def test_a_bundle_is_installed_enrols_trains_and_is_upgraded(fleet, tmp_path, ro
     assert (state / "identity.json").exists()
     run("sh", str(bundle / "uninstall.sh"), "--root", str(root), "--purge")
     assert not state.exists()
+    again = run("sh", str(bundle / "uninstall.sh"), "--root", str(root))
+    assert "nothing of midge here" in again.stdout
 
 
 class Agent:

@@ -3,6 +3,9 @@
 import csv
 import html
 import json
+import lzma
+import os
+import signal
 
 import pytest
 
@@ -10,7 +13,7 @@ from broker_bridge.wire.enrolment import Bundle
 from server.cli import main
 from server.fleet.flash.targets import find_target
 from tests import cards
-from tests.fleets import MIDGE, Program, is_refusal, typed, wait_until
+from tests.fleets import MIDGE, Program, is_refusal, run, typed, wait_until
 
 BROKER = ("--broker", "192.0.2.10:8883")
 
@@ -63,7 +66,10 @@ def test_a_card_is_written_verified_and_undone(alone, bootfs, tmp_path):
     verified = midge("flash", "verify", "--boot", str(bootfs))
     assert verified.returncode == 0, verified.stderr
     (bootfs / "midge" / "install.sh").write_text("#!/bin/sh\n")
-    is_refusal(midge("flash", "verify", "--boot", str(bootfs)), "install.sh")
+    is_refusal(
+        midge("flash", "verify", "--boot", str(bootfs)),
+        "midge/install.sh is not as it was written",
+    )
     doctor = midge("flash", "doctor", "--boot", str(bootfs), "--json")
     assert doctor.returncode == 2
     assert json.loads(doctor.stdout)["worst"] == "problem"
@@ -140,6 +146,10 @@ def test_it_waits_until_the_device_has_enrolled(alone, bootfs, tmp_path):
         (["--count", "3", "--name", "ward", "--image", "{}/x.img"], ["pattern of names"]),
         (["--count", "3", "--name", "ward-{{0.x}}", "--image", "{}/x.img"], ["pattern of names"]),
         (["--device", "ward-3", "--boot", "{}", "--wifi", "Ward", *BROKER], ["--wifi-country"]),
+        (["--device", "ward-3", "--boot", "{}", "--wifi-country", "GB", *BROKER], ["--wifi SSID"]),
+        (["--device", "ward-3", "--boot", "{}", "--wifi-hidden", *BROKER], ["--wifi SSID"]),
+        (["--device", "ward-3", "--boot", "{}", "--wifi", "Ward", "--wifi-country", "GB", *BROKER],
+         ["no terminal", "MIDGE_WIFI_PASSPHRASE"]),
         (["--device", "ward-3", "--boot", "{}", "--ssh-key", "{}/fleet/midge.toml", *BROKER],
          ["public key"]),
         (["--device", "ward-3", "--boot", "{}", "--ssh-key", "{}/none", *BROKER], ["none"]),
@@ -154,8 +164,126 @@ def test_a_32_bit_image_is_refused_and_no_copy_is_left(alone, tmp_path):
     image = cards.make_image(tmp_path / "raspios-armhf.img", cards.ARMHF)
     done = flash(alone, "--device", "ward-3", "--image", image, "--out", tmp_path / "out", *BROKER)
     is_refusal(done, "32-bit system", "Raspberry Pi OS (64-bit)")
-    assert list((tmp_path / "out").iterdir()) == []
+    assert not (tmp_path / "out").exists()
     assert not alone.home.bundle("ward-3").exists()
+    packed = image.with_suffix(".img.xz")
+    packed.write_bytes(lzma.compress(image.read_bytes(), preset=0))
+    for options in ([], ["--dry-run"]):
+        done = flash(alone, "--device", "ward-3", "--image", packed, *BROKER, *options)
+        is_refusal(done, f"{packed} has a 32-bit system")
+    assert not (alone.home.folder / "cards").exists()
+
+
+def test_an_image_that_is_cut_short_is_refused_and_nothing_is_left(alone, tmp_path):
+    whole = cards.make_image(tmp_path / "raspios.img", cards.TRIXIE).read_bytes()
+    packed = lzma.compress(whole, preset=0)
+    for number, data in enumerate(
+        (whole[: 9 << 20], whole[: len(whole) // 2], whole[:-512], packed[: len(packed) // 2],
+         packed[:-40])
+    ):  # fmt: skip
+        image = tmp_path / f"{number}.img"
+        image.write_bytes(data)
+        done = flash(alone, "--device", "ward-3", "--image", image, *BROKER)
+        is_refusal(done, str(image), "cut short", "again")
+    assert list(alone.home.folder.glob("cards/*")) == []
+    assert not alone.home.bundle("ward-3").exists()
+
+
+def test_a_dry_run_looks_into_a_packed_image(alone, tmp_path):
+    cards.wheels_or_skip(find_target("trixie-arm64"))
+    image = cards.make_image(tmp_path / "raspios.img", cards.TRIXIE, megabytes=80)
+    packed = tmp_path / "raspios.img.xz"
+    packed.write_bytes(lzma.compress(image.read_bytes(), preset=0))
+    said = [
+        flash(alone, "--device", "ward-3", "--image", each, *BROKER, "--dry-run")
+        for each in (image, packed)
+    ]
+    assert "nothing was written" in said[0].stdout, said[0].stderr
+    assert said[1].stdout.splitlines()[1:] == said[0].stdout.splitlines()[1:]
+    assert not (alone.home.folder / "cards").exists()
+
+
+def test_an_image_is_its_owners_alone_and_lies_with_the_fleets_other_secrets(alone, tmp_path):
+    cards.wheels_or_skip(find_target("bookworm-arm64"))
+    image = cards.make_image(tmp_path / "raspios.img", cards.BOOKWORM, megabytes=60)
+    done = flash(alone, "--device", "ward-3", "--image", image, *BROKER, "--no-wait")
+    assert done.returncode == 0, done.stderr
+    out = alone.home.folder / "cards"
+    assert out.stat().st_mode & 0o777 == 0o700
+    (card,) = out.iterdir()
+    assert (card.name, card.stat().st_mode & 0o777) == ("ward-3.img", 0o600)
+    assert f"{card}; read back: identical" in done.stdout
+    assert f"--cli {card} /dev/sdX" in done.stdout
+    # Nothing is left in whichever folder it was called from.
+    assert not (cards.ROOT / "cards").exists()
+    # The first card is worth nothing once there is a second one of this name; that is said.
+    assert "enrols no more" not in done.stdout
+    done = flash(alone, "--device", "ward-3", "--image", image, *BROKER, "--no-wait", "--out",
+                 tmp_path / "second")  # fmt: skip
+    assert "made before for ward-3 enrols no more" in done.stdout
+
+
+def test_a_killed_flash_leaves_nothing_that_looks_like_a_card(alone, tmp_path):
+    cards.wheels_or_skip(find_target("bookworm-arm64"))
+    image = cards.make_image(tmp_path / "raspios.img", cards.BOOKWORM, megabytes=60)
+    out = tmp_path / "out"
+    with image.open("r+b") as file:
+        size = file.seek(0, 2)
+        file.truncate(8 << 30)  # much to copy, though there is nothing in it
+    options = ("--device", "ward-3", "--image", str(image), "--out", str(out), *BROKER)
+    flashing = Program(tmp_path / "flash.log", *MIDGE, "flash", *options, "--no-wait",
+                       "--dir", str(alone.home.folder))  # fmt: skip
+    wait_until(lambda: list(out.glob("*")), "it copies")
+    flashing.kill()
+    assert [path.name for path in out.iterdir()] == ["ward-3.img.part"], flashing.log
+    os.truncate(image, size)
+    assert flash(alone, *options, "--no-wait").returncode == 0
+    assert [path.name for path in out.iterdir()] == ["ward-3.img"]
+
+
+CARDS = {
+    "full": ("mount -t tmpfs -o size=8M tmpfs {0}", ["has room for", "make room"]),
+    "read-only": ("mount --bind {0} {0} && cp -r {1}/. {0} && mount -o remount,bind,ro {0}",
+                  ["cannot be written", "lock"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", CARDS)
+def test_a_card_that_cannot_take_it_is_untouched_and_no_token_is_made(
+    alone, bootfs, tmp_path, kind
+):
+    place = tmp_path / "card"
+    place.mkdir()
+    mount, words = CARDS[kind]
+    midge_flash = " ".join([*MIDGE, "flash", "--device", "ward-3", "--boot", str(place), *BROKER,
+                            "--dir", str(alone.home.folder)])  # fmt: skip
+    script = f"""{mount.format(place, bootfs)} || exit 99
+        [ -e {place}/cmdline.txt ] || cp -r {bootfs}/. {place}
+        {midge_flash}; code=$?
+        diff -r {bootfs} {place} >&2 || exit 98
+        exit $code"""
+    done = run("unshare", "--mount", "--map-root-user", "sh", "-c", script)
+    if done.returncode in (1, 99):
+        cards.leave_out(f"no namespaces here: {done.stderr}")
+    is_refusal(done, *words)
+    assert not alone.home.bundle("ward-3").exists()
+
+
+def test_who_stops_waiting_stops_nothing_else(alone, bootfs, tmp_path):
+    waiting = Program(
+        tmp_path / "flash.log", "env", "--default-signal=INT", *MIDGE, "flash", "--device",
+        "ward-3", "--boot", str(bootfs), *BROKER, "--data", "npz:x", "--dir",
+        str(alone.home.folder),
+    )  # fmt: skip
+    try:
+        waiting.wait_for("waiting for ward-3")
+        os.kill(waiting.pid, signal.SIGINT)
+        wait_until(lambda: not waiting.is_running, "it stops")
+    finally:
+        waiting.kill()
+    assert waiting.terminate() == 0
+    assert "not waiting any more; `midge device list`" in waiting.log
+    assert midge("flash", "verify", "--boot", str(bootfs)).returncode == 0
 
 
 def test_a_bundle_that_is_there_already_goes_on_the_card(alone, bootfs):

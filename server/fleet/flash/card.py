@@ -7,20 +7,22 @@ device. `rpi-imager` and `dd` do that, and ask the right questions first.
 Names are paths below the partition's root, with `/`. Every error is a LocalError.
 """
 
+import contextlib
 import lzma
 import os
+import re
 import shutil
 import struct
 import subprocess
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
-from broker_bridge.disk import disk_errors
+from broker_bridge.disk import DiskFullError, disk_errors, owner_only
 from broker_bridge.errors import LocalError
 
-__all__ = ["Card", "FolderCard", "ImageCard", "copy_image", "open_card"]
+__all__ = ["Card", "FolderCard", "ImageCard", "copy_image", "look_into", "open_card"]
 
 _SECTOR = 512
 _FAT_TYPES = frozenset({0x01, 0x04, 0x06, 0x0B, 0x0C, 0x0E})
@@ -39,6 +41,9 @@ class Card(Protocol):
 
     def read(self, name: str) -> bytes | None:
         """What is in a file; None if there is none."""
+
+    def check_room(self, files: Mapping[str, bytes]) -> None:
+        """Refuse a card that cannot take these files, as far as that can be told."""
 
     def write(self, files: Mapping[str, bytes]) -> None:
         """Write files, with the folders they are in, over what is there."""
@@ -79,14 +84,22 @@ class FolderCard:
         with disk_errors(path):
             return path.read_bytes() if path.is_file() else None
 
-    def write(self, files: Mapping[str, bytes]) -> None:
-        """Write files."""
+    def check_room(self, files: Mapping[str, bytes]) -> None:
+        """Refuse a card that is full, or that this user may not write."""
         with disk_errors(self._folder):
             room = shutil.disk_usage(self._folder).free
         _check_room(files, room, self.where)
+        if not os.access(self._folder, os.W_OK):
+            raise LocalError(
+                f"{self.where} cannot be written: slide the card's lock, mount it for writing, or "
+                "give this user the right to"
+            )
+
+    def write(self, files: Mapping[str, bytes]) -> None:
+        """Write files."""
         for name, data in files.items():
             path = self._folder / name
-            with disk_errors(path):
+            with _this_time(path):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 # Not write_atomic: a FAT file has no mode to set.
                 path.write_bytes(data)
@@ -107,19 +120,17 @@ class FolderCard:
 class ImageCard:
     """The first partition of a card's image, written in place with mtools."""
 
-    def __init__(self, image: Path) -> None:
+    def __init__(self, image: Path, *, called: Path | None = None, whole: bool = True) -> None:
+        """`called`: how a person knows it, if this is a copy. `whole`: no partition is missing."""
         if shutil.which("mcopy") is None:
             raise LocalError(
                 "images are written with mtools, which is not here: install it "
                 "(apt-get install mtools, brew install mtools), or write the card and say --boot"
             )
-        self._image = image
-        self._place = f"{image}@@{_boot_offset(image)}"
-
-    @property
-    def where(self) -> str:
-        """The image's file."""
-        return str(self._image)
+        self.where = str(called or image)
+        with disk_errors(image), image.open("rb") as file:
+            offset = _boot_part(file, self.where, whole=whole).start
+        self._place = f"{image}@@{offset}"
 
     def names(self, folder: str = "") -> list[str]:
         """The names in a folder."""
@@ -133,6 +144,12 @@ class ImageCard:
         if last.lower() not in self.names(folder):
             return None
         return self._must("mcopy", "-n", f"::/{name}", "-").stdout
+
+    def check_room(self, files: Mapping[str, bytes]) -> None:
+        """Refuse an image whose boot partition is full."""
+        said = self._must("mdir", "::/").stdout.decode(errors="replace")
+        if room := re.search(r"([\d ]+) bytes free", said):
+            _check_room(files, int(room[1].replace(" ", "")), self.where)
 
     def write(self, files: Mapping[str, bytes]) -> None:
         """Write files."""
@@ -156,8 +173,10 @@ class ImageCard:
         done = self._run(command, *arguments)
         if done.returncode != 0:
             said = " ".join(done.stderr.decode(errors="replace").split())[:300]
+            if "No space left on device" in said:  # not the card: that is "Disk full"
+                raise LocalError(f"{self.where}: the disk that it lies on is full; make room there")
             raise LocalError(
-                f"{self._image}: {command} says: {said or 'nothing'}; use a fresh copy of the "
+                f"{self.where}: {command} says: {said or 'nothing'}; use a fresh copy of the "
                 "image, with room on its boot partition"
             )
         return done
@@ -171,21 +190,29 @@ class ImageCard:
         )  # fmt: skip
 
 
-def _boot_offset(image: Path) -> int:
-    """Where the first partition begins, in bytes: the table of the classic MBR."""
-    with disk_errors(image), image.open("rb") as file:
-        head = file.read(_SECTOR)
-        if len(head) < _SECTOR or head[510:] != b"\x55\xaa":
-            raise LocalError(f"{image} is not the image of a card: it has no partition table")
-        kind, start = head[446 + 4], struct.unpack_from("<I", head, 446 + 8)[0]
+def _boot_part(file: "BinaryIO | lzma.LZMAFile", where: str, *, whole: bool = True) -> range:
+    """Where the first partition lies, in bytes: the table of the classic MBR.
+
+    `whole`: all partitions must be there. Raises LocalError.
+    """
+    head = file.read(_SECTOR)
+    if len(head) < _SECTOR or head[510:] != b"\x55\xaa":
+        raise LocalError(f"{where} is not the image of a card: it has no partition table")
+    kind = head[446 + 4]
+    parts = [struct.unpack_from("<II", head, 446 + 16 * n + 8) for n in range(4)]
+    start, size = parts[0]
+    if whole:
         file.seek(start * _SECTOR)
-        boot = file.read(_SECTOR)
-    if kind not in _FAT_TYPES or boot[510:] != b"\x55\xaa":
+    if kind not in _FAT_TYPES or (whole and file.read(_SECTOR)[510:] != b"\x55\xaa"):
         raise LocalError(
-            f"{image}: its first partition is not a boot partition of a Raspberry Pi (FAT); "
+            f"{where}: its first partition is not a boot partition of a Raspberry Pi (FAT); "
             "use an image of Raspberry Pi OS"
         )
-    return int(start) * _SECTOR
+    if whole and max(sum(part) for part in parts) * _SECTOR > file.seek(0, os.SEEK_END):
+        raise LocalError(
+            f"{where} is cut short: it ends before its last partition does; copy it again"
+        )
+    return range(start * _SECTOR, (start + size) * _SECTOR)
 
 
 def _check_room(files: Mapping[str, bytes], room: int, where: str) -> None:
@@ -196,30 +223,77 @@ def _check_room(files: Mapping[str, bytes], room: int, where: str) -> None:
         )
 
 
+@contextlib.contextmanager
+def look_into(image: Path) -> Iterator[ImageCard]:
+    """An image's boot partition, for reading; of a packed image no more than that is unpacked.
+
+    Raises LocalError.
+    """
+    if not _is_packed(image):
+        yield ImageCard(image)
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        part = Path(temporary, "boot.img")
+        with _unpacking(image), image.open("rb") as raw, lzma.open(raw) as packed:
+            end = _boot_part(packed, str(image), whole=False).stop
+            packed.seek(0)
+            with _this_time(part), part.open("xb") as out:
+                _copy(packed, out, end)
+        yield ImageCard(part, called=image, whole=False)
+
+
 def copy_image(source: Path, target: Path) -> None:
-    """Copy an image, unpacking .xz, and leave out what is zero. Raises LocalError."""
+    """Copy an image, unpacking .xz, and leave out what is zero; the copy is its owner's alone.
+
+    A copy that is not whole does not stay. Raises LocalError.
+    """
+    packed = _is_packed(source)
     if target.exists():
         raise LocalError(f"{target} is there already; remove it, or say another --out")
-    with disk_errors(source), source.open("rb") as raw:
-        packed = raw.read(6) == b"\xfd7zXZ\x00"
-        raw.seek(0)
-        try:
-            with disk_errors(target), target.open("xb") as out:
-                if packed:
-                    with lzma.open(raw) as unpacked:
-                        _copy(unpacked, out)
-                else:
-                    _copy(raw, out)
-        except (lzma.LZMAError, EOFError):
-            target.unlink()
-            raise LocalError(f"{source} is damaged or cut short; download it again") from None
-        except BaseException:
-            target.unlink(missing_ok=True)
-            raise
+    try:
+        with (
+            _unpacking(source),
+            disk_errors(source),
+            source.open("rb") as raw,
+            _this_time(target),
+            open(target, "xb", opener=owner_only) as out,
+        ):
+            if packed:
+                with lzma.open(raw) as unpacked:
+                    _copy(unpacked, out)
+            else:
+                _copy(raw, out)
+    except BaseException:
+        target.unlink(missing_ok=True)
+        raise
 
 
-def _copy(source: "BinaryIO | lzma.LZMAFile", out: BinaryIO) -> None:
-    while block := source.read(_BLOCK):
+def _is_packed(image: Path) -> bool:
+    with disk_errors(image), image.open("rb") as raw:
+        return raw.read(6) == b"\xfd7zXZ\x00"
+
+
+@contextlib.contextmanager
+def _unpacking(image: Path) -> Iterator[None]:
+    try:
+        yield
+    except (lzma.LZMAError, EOFError):
+        raise LocalError(f"{image} is damaged or cut short; download it again") from None
+
+
+@contextlib.contextmanager
+def _this_time(path: Path) -> Iterator[None]:
+    """As disk_errors; but nothing goes on by itself here when there is room again."""
+    try:
+        with disk_errors(path):
+            yield
+    except DiskFullError:
+        raise LocalError(f"{path}: there is no more room; make some, and flash it again") from None
+
+
+def _copy(source: "BinaryIO | lzma.LZMAFile", out: BinaryIO, end: int | None = None) -> None:
+    """Copy all of it, or as far as `end`."""
+    while block := source.read(_BLOCK if end is None else min(_BLOCK, end - out.tell())):
         if block.strip(b"\0"):
             out.write(block)
         else:

@@ -114,7 +114,9 @@ def write(
     )  # fmt: skip
     originals = {f"{_ORIGINALS}/{name}": data for name, data in kept.items()}
     originals[_MANIFEST] = json.dumps(msgspec.to_builtins(found), indent=1).encode() + b"\n"
-    card.remove([FOLDER])
+    # What was there before midge is on the card at every moment, also while it is written anew.
+    old = [f"{FOLDER}/{name}" for name in card.names(FOLDER)]
+    card.remove([name for name in old if name != _ORIGINALS])
     # The way back first; what makes the card boot into midge last.
     card.write(originals)
     card.write({name: data for name, data in files.items() if name.startswith(f"{FOLDER}/")})

@@ -138,7 +138,7 @@ def tarball(files: Mapping[str, bytes], folder: str) -> bytes:
             entry = tarfile.TarInfo(f"{folder}/{name}")
             entry.size = len(data)
             entry.mode = 0o755 if name.endswith(".sh") else 0o644
-            if name == "device.bundle":
+            if name == "device.bundle" or name.startswith("data/"):
                 entry.mode = 0o600
             archive.addfile(entry, io.BytesIO(data))
     return out.getvalue()

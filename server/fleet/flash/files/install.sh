@@ -184,7 +184,7 @@ else
     else
         systemctl daemon-reload
         systemctl --no-block restart midge-device.service # it may be activating for minutes
-        say "installed and started; see: journalctl -u midge-device, midge-device status --dir /var/lib/midge"
+        say "installed and started; see: journalctl -u midge-device, sudo midge-device status"
     fi
 fi
 # Last: the old version was the way back until here.

@@ -12,7 +12,8 @@ if [ -e /var/lib/midge/identity.json ]; then enrolled=yes; else enrolled=no; fi
 addresses=$(hostname -I 2>/dev/null | tr -s ' ')
 synchronised=$(timedatectl show --property=NTPSynchronized --value 2>/dev/null)
 state="service=$service enrolled=$enrolled addresses=${addresses:-none} clock-synchronised=${synchronised:-unknown}"
-if [ "$(cat "$seen" 2>/dev/null)" = "$state" ]; then exit 0; fi
+# A card that was flashed again has no report, whatever was said on it before.
+if [ -e "$log/agent.txt" ] && [ "$(cat "$seen" 2>/dev/null)" = "$state" ]; then exit 0; fi
 
 {
     echo "$state"

@@ -88,6 +88,39 @@ def test_a_card_written_twice_is_still_made_what_it_was_at_first(folder):
         flashing.undo(card)
 
 
+class PowerCutError(Exception):
+    """Nothing after this moment is written."""
+
+
+class CutCard(FolderCard):
+    """A card that is taken out while it is written."""
+
+    def __init__(self, folder, writes):
+        super().__init__(folder)
+        self.writes = writes
+
+    def write(self, files):
+        if self.writes == 0:
+            raise PowerCutError
+        self.writes -= 1
+        super().write(files)
+
+
+@pytest.mark.parametrize("times", [1, 2], ids=["first time", "written anew"])
+@pytest.mark.parametrize("writes", range(3))
+def test_a_card_taken_out_at_any_moment_can_be_made_what_it_was(folder, times, writes):
+    if times == 2:
+        flash(FolderCard(folder))
+    with pytest.raises(PowerCutError):
+        flash(CutCard(folder, writes))
+    if (times, writes) == (1, 0):
+        with pytest.raises(LocalError, match="nothing to undo"):
+            flashing.undo(FolderCard(folder))
+    else:
+        flashing.undo(FolderCard(folder))
+    assert cards.tree_of(folder) == cards.TRIXIE
+
+
 def test_a_card_that_imager_prepared_is_left_alone_unless_told(folder):
     (folder / "user-data").write_text("#cloud-config\nhostname: mine\n")
     before = cards.tree_of(folder)
@@ -320,6 +353,22 @@ def test_whatever_is_on_a_card_doctor_answers_with_findings_or_one_sentence(log,
         for finding in diagnose(card):
             assert finding.found.isprintable()
             assert finding.level == "ok" or finding.advice
+
+
+def test_a_card_that_was_flashed_again_is_reported_on_again(tmp_path):
+    log, seen = tmp_path / "log", tmp_path / "seen"
+    log.mkdir()
+    script = file_of_ours("report.sh").decode()
+    script = script.replace("/boot/firmware/midge/log", str(log))
+    script = script.replace("/var/lib/midge-report", str(seen))
+    for _ in range(2):
+        subprocess.run(["sh", "-c", script], check=False, capture_output=True)
+        report = log / "agent.txt"
+        assert report.read_text().startswith("service=")
+        before = report.stat().st_mtime_ns
+        subprocess.run(["sh", "-c", script], check=False, capture_output=True)
+        assert report.stat().st_mtime_ns == before, "the same again is not written"
+        report.unlink()
 
 
 # ── The units ───────────────────────────────────────────────────────────────────────────
