@@ -85,6 +85,7 @@ class Board:
             time.sleep(0.2)
             found = re.search(pattern, self.said)
             assert found or self.is_on, f"the board went off before {what}:\n{self.said[-3000:]}"
+            assert "in emergency mode" not in self.said, f"it cannot start:\n{self.said[-9000:]}"
             return found
 
         found = wait_until(heard, what, give_up_s)

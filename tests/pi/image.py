@@ -125,9 +125,11 @@ def _set_up(release: Release, root: Path) -> None:
             place.symlink_to(target)
     (etc / "hostname").write_text("raspberrypi\n")
     (etc / "hosts").write_text("127.0.0.1\tlocalhost\n127.0.1.1\traspberrypi\n")
+    # A busy machine emulates slowly: udev may take longer than the 90 s that systemd gives it.
+    patient = "x-systemd.device-timeout=15min"
     (etc / "fstab").write_text(
-        f"proc /proc proc defaults 0 0\nPARTUUID={DISK_ID}-01 /boot/firmware vfat defaults 0 2\n"
-        f"PARTUUID={DISK_ID}-02 / ext4 defaults,noatime 0 1\n"
+        f"proc /proc proc defaults 0 0\nPARTUUID={DISK_ID}-01 /boot/firmware vfat {patient} 0 2\n"
+        f"PARTUUID={DISK_ID}-02 / ext4 noatime,{patient} 0 1\n"
     )
     (etc / "machine-id").write_text("7a0d4f0c5b8e4a1f9d3c2b1a00112233\n")
     # Raspberry Pi OS calls it eth0 too.
