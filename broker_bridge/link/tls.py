@@ -207,7 +207,10 @@ def explain_tls(text: str, *, where: str) -> Failure:
             final=True,
         )
     if "CERTIFICATE_REQUIRED" in alert or "HANDSHAKE_FAILURE" in alert:
-        return Failure(f"the broker at {where} wants a client certificate; give one", final=True)
+        return Failure(
+            f"the broker at {where} wants a client certificate; name one and its key under [broker]",
+            final=True,
+        )
     if any(word in alert for word in _REFUSED_ALERTS):
         return Failure(
             f"the broker at {where} refused our client certificate; it may be from "
