@@ -23,6 +23,7 @@ from device_client import events as ev
 from device_client import hearing
 from device_client import identity as identities
 from device_client import model as models
+from device_client.background import Background, ThreadBackground
 from device_client.collecting import Collected, Collecting
 from device_client.eligibility import Verdict
 from device_client.identity import Identity
@@ -33,7 +34,8 @@ from device_client.participant import Participant, State
 from device_client.permission import Permission
 from device_client.renewal import Renewer, is_meant
 from device_client.sealing import sealed
-from device_client.workbench import Background, LocalTrainer, ThreadBackground, Workbench
+from device_client.trainer import LocalTrainer
+from device_client.workbench import Workbench
 
 __all__ = ["Agent"]
 

@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +19,7 @@ from broker_bridge.task.runtime import Evaluation, State, Step, TaskRuntime
 from broker_bridge.task.samples import Part, Samples, check_samples, part_of
 from broker_bridge.task.taskfile import Training
 
-__all__ = ["Progress", "Trained", "Trainer", "TrainingDivergedError"]
+__all__ = ["Apart", "LocalTrainer", "Progress", "Trained", "Trainer", "TrainingDivergedError"]
 
 Array = NDArray[Any]
 
@@ -53,6 +53,42 @@ class Trained:
     optimiser_state: dict[str, Array] = field(default_factory=dict)
     runtime: str = ""
     peak_bytes: int = 0  # 0: not known
+
+
+class LocalTrainer(Protocol):
+    """What a task trains with on a device: `Trainer`, or one in a locked process."""
+
+    def __len__(self) -> int:
+        """How many samples there are."""
+
+    def train(
+        self,
+        weights: Mapping[str, Array],
+        settings: Training,
+        *,
+        seed: int,
+        on_step: Callable[[Progress], bool],
+        optimiser_state: Mapping[str, Array] | None = None,
+        part: Part = "all",
+    ) -> Trained | None:
+        """Train from `weights` on this part of the samples; None when `on_step` answered False.
+
+        `optimiser_state`: that of the training before, for a task that keeps it.
+        """
+
+    def evaluate(self, weights: Mapping[str, Array], *, part: Part = "all") -> Evaluation:
+        """Measure `weights` on this part of the samples."""
+
+
+@runtime_checkable
+class Apart(Protocol):
+    """What a LocalTrainer can do beside that works in a process of its own."""
+
+    def warm(self) -> None:
+        """Have that process begin to get ready. Raises LocalError."""
+
+    def interrupt(self) -> None:
+        """Have the present work end soon, also where the process hangs."""
 
 
 class Trainer:

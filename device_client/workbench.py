@@ -2,148 +2,39 @@
 
 Training and evaluating take long, so they run in a `Background`: a second thread on a
 device, whatever a simulation likes elsewhere. They are stopped between two steps. What
-comes of them is an event for the participant; what is wrong with the task, the model or
-the data becomes `Failed` with a sentence.
+comes of them is an event for the participant.
 """
 
 import contextlib
 import hashlib
 import logging
 import math
-import queue
-import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 from msgspec import UNSET, UnsetType
 from numpy.typing import NDArray
 
 from broker_bridge.disk import REAL_DISK, Disk, disk_errors, make_folder, write_atomic
-from broker_bridge.errors import LocalError, PeerError
+from broker_bridge.errors import LocalError
 from broker_bridge.machine import machine_name
-from broker_bridge.task.runtime import Evaluation
-from broker_bridge.task.samples import Part
 from broker_bridge.task.taskfile import Plan, Training, decode_plan
 from broker_bridge.wire import weights
 from broker_bridge.wire.envelope import sha256
 from broker_bridge.wire.messages import Measured, Settings
 from device_client import events as ev
 from device_client import model as models
-from device_client.trainer import Progress, Trained
+from device_client import personal
+from device_client.background import Background, guarded
+from device_client.trainer import Apart, LocalTrainer, Progress, Trained
 
-__all__ = ["Apart", "Background", "LocalTrainer", "ThreadBackground", "Workbench"]
+__all__ = ["Workbench"]
 
 log = logging.getLogger("midge.device")
 
 Array = NDArray[Any]
-Work = Callable[[], list[ev.Event]]
-
-
-class LocalTrainer(Protocol):
-    """What a task trains with here; `device_client.trainer.Trainer` is one."""
-
-    def __len__(self) -> int:
-        """How many samples there are."""
-
-    def train(
-        self,
-        weights: Mapping[str, Array],
-        settings: Training,
-        *,
-        seed: int,
-        on_step: Callable[[Progress], bool],
-        optimiser_state: Mapping[str, Array] | None = None,
-        part: Part = "all",
-    ) -> Trained | None:
-        """Train from `weights` on this part of the samples; None when `on_step` answered False.
-
-        `optimiser_state`: that of the training before, for a task that keeps it.
-        """
-
-    def evaluate(self, weights: Mapping[str, Array], *, part: Part = "all") -> Evaluation:
-        """Measure `weights` on this part of the samples."""
-
-
-@runtime_checkable
-class Apart(Protocol):
-    """What a LocalTrainer can do beside that works in a process of its own."""
-
-    def warm(self) -> None:
-        """Have that process begin to get ready. Raises LocalError."""
-
-    def interrupt(self) -> None:
-        """Have the present work end soon, also where the process hangs."""
-
-
-class Background(Protocol):
-    """Runs one piece of work at a time beside the loop."""
-
-    def start(self, work: Work) -> None:
-        """Begin `work`; its events will be in `finished`. Stops what ran before."""
-
-    def stop(self) -> bool:
-        """End the present work and forget its events; say whether there was any."""
-
-    @property
-    def stopping(self) -> bool:
-        """Whether the present work should end at its next step."""
-
-    def finished(self) -> list[ev.Event]:
-        """The events of work that has ended since the last call. Raises what it raised."""
-
-
-class ThreadBackground:
-    """A second thread; `wake` tells the loop that there is news."""
-
-    def __init__(self, wake: Callable[[], None]) -> None:
-        self._wake = wake
-        self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
-        self._results: queue.SimpleQueue[list[ev.Event] | Exception] = queue.SimpleQueue()
-
-    @property
-    def stopping(self) -> bool:
-        """Whether the present work should end at its next step."""
-        return self._stop.is_set()
-
-    def start(self, work: Work) -> None:
-        """Begin `work` in a thread of its own."""
-        self.stop()
-        stop = self._stop = threading.Event()
-
-        def run() -> None:
-            result: list[ev.Event] | Exception
-            try:
-                result = work()
-            except Exception as error:  # our bug: raised again where the process can end by it
-                result = error
-            if not stop.is_set():
-                self._results.put(result)
-                self._wake()
-
-        self._thread = threading.Thread(target=run, name="midge-training", daemon=True)
-        self._thread.start()
-
-    def stop(self) -> bool:
-        """End the present work at its next step, and wait for that."""
-        self._stop.set()
-        thread, self._thread = self._thread, None
-        if thread is None or not thread.is_alive():
-            return False
-        thread.join()
-        return True
-
-    def finished(self) -> list[ev.Event]:
-        """The events of work that has ended since the last call. Raises what it raised."""
-        found: list[ev.Event] = []
-        while not self._results.empty():
-            result = self._results.get()
-            if isinstance(result, Exception):
-                raise result
-            found += result
-        return found
 
 
 class Workbench:
@@ -273,7 +164,7 @@ class Workbench:
 
         self._end_personalising()
         log.info("round %d: training", number)
-        self.background.start(_guarded(work, number))
+        self.background.start(guarded(work, number))
         return []
 
     def evaluate(self, number: int, version: int) -> list[ev.Event]:
@@ -289,16 +180,11 @@ class Workbench:
             finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
             return [ev.Evaluated(version, found.examples, finite)]
 
-        self.background.start(_guarded(work, number))
+        self.background.start(guarded(work, number))
         return []
 
     def personalise(self, number: int, version: int, *, epochs: int) -> None:
-        """Begin to train model `version` on from here, for this device's own programs.
-
-        It learns from most of the samples, and is kept only if it does better than the global
-        model on the rest, which it has not seen: by accuracy where the task has that, else by
-        loss. What is sent in rounds is never trained from it.
-        """
+        """Begin to train model `version` on from here, for this device's own programs."""
         trainer, plan, model = self._trainer, self._plan, self._model
         if trainer is None or plan is None or model is None:
             return
@@ -308,25 +194,16 @@ class Workbench:
         )
 
         def work() -> list[ev.Event]:
-            before = trainer.evaluate(model[1], part="rest")
-            trained = trainer.train(
-                model[1], training, seed=self._seed(number), on_step=self._step_done, part="most"
-            )
-            if trained is None:
-                return []
-            after = trainer.evaluate(trained.weights, part="rest")
-            better = _is_better(after, before)
-            log.info(
-                "model %d trained on for this device: %s of %d samples held out, %s before: %s",
-                version, _score(after), after.examples, _score(before),
-                "kept" if better else "not kept",
+            found = personal.better(
+                trainer, model[1], training, version=version, seed=self._seed(number),
+                on_step=self._step_done,
             )  # fmt: skip
-            if better and not self.background.stopping:
-                self._keep("personal", plan, trained.weights, version, number)
+            if found is not None and not self.background.stopping:
+                self._keep("personal", plan, found, version, number)
             return []
 
         self._is_personalising = True
-        self.background.start(_guarded(work, number))
+        self.background.start(guarded(work, number))
 
     def _end_personalising(self) -> None:
         """A round comes first."""
@@ -362,21 +239,6 @@ class Workbench:
         return int.from_bytes(drawn[:8], "big")
 
 
-def _score(found: Evaluation) -> str:
-    accuracy = found.metrics.get("accuracy")
-    return f"loss {found.loss:.4f}" if accuracy is None else f"accuracy {accuracy:.3f}"
-
-
-def _is_better(after: Evaluation, before: Evaluation) -> bool:
-    """Strictly: a tie is no reason to differ from everybody else."""
-    if not math.isfinite(after.loss):
-        return False
-    pair = after.metrics.get("accuracy"), before.metrics.get("accuracy")
-    if pair[0] is not None and pair[1] is not None and pair[0] != pair[1]:
-        return pair[0] > pair[1]
-    return after.loss < before.loss
-
-
 def _measured(plan: Plan, trained: Trained) -> Measured:
     return Measured(
         task=plan.task.name,
@@ -386,19 +248,6 @@ def _measured(plan: Plan, trained: Trained) -> Measured:
         runtime=trained.runtime[:80],
         machine=machine_name(),
     )
-
-
-def _guarded(work: Work, number: int) -> Work:
-    """Turn what is wrong with data or model into an event."""
-
-    def guarded() -> list[ev.Event]:
-        try:
-            return work()
-        except (PeerError, LocalError) as error:
-            log.error("round %d: %s", number, error)
-            return [ev.Failed(number, str(error))]
-
-    return guarded
 
 
 def _delta(

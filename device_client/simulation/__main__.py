@@ -21,8 +21,7 @@ from device_client.data import load_samples
 from device_client.simulation.fate import Fate
 from device_client.simulation.members import Members
 from device_client.simulation.swarm import Swarm
-from device_client.trainer import Trainer
-from device_client.workbench import LocalTrainer
+from device_client.trainer import LocalTrainer, Trainer
 
 
 @contextlib.contextmanager

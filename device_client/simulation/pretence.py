@@ -10,8 +10,8 @@ from broker_bridge.task.runtime import Evaluation
 from broker_bridge.task.samples import Part
 from broker_bridge.task.taskfile import Training
 from device_client import events as ev
+from device_client.background import Work
 from device_client.trainer import Progress, Trained
-from device_client.workbench import Work
 
 __all__ = ["FastTrainer", "PacedBackground"]
 

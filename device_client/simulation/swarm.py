@@ -34,7 +34,7 @@ from device_client.participant import State
 from device_client.simulation.fate import Fate
 from device_client.simulation.members import Members
 from device_client.simulation.pretence import FastTrainer, PacedBackground
-from device_client.workbench import LocalTrainer
+from device_client.trainer import LocalTrainer
 
 __all__ = ["Swarm"]
 

@@ -18,8 +18,8 @@ from broker_bridge.task.taskfile import Task, Training, encode_task
 from broker_bridge.wire import weights
 from broker_bridge.wire.weights import TensorSpec
 from device_client import events as ev
+from device_client.background import Work
 from device_client.trainer import Progress, Trained
-from device_client.workbench import Work
 
 __all__ = ["LaterBackground", "SimulatedTrainer", "Trainings", "task_file"]
 
