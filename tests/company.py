@@ -83,11 +83,11 @@ use_identity_as_username true
         write_public(folder / f"{name}.pem", found.certificate)
         write_private(folder / f"{name}.key", found.key)
 
-    def settings(self, fleet: Fleet, lines: str) -> None:
+    def settings(self, fleet: Fleet, lines: str, *, port: int = 0) -> None:
         """Write midge.toml anew; `lines` end its [broker] and may begin other tables."""
         (fleet.home.folder / "midge.toml").write_text(
             'log = "debug"\n[rounds]\ndeadline_s = 30\n'
-            f'[broker]\nhost = "localhost"\nport = {fleet.port}\n{lines}\n'
+            f'[broker]\nhost = "localhost"\nport = {port or fleet.port}\n{lines}\n'
         )
 
     @staticmethod

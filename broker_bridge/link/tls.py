@@ -208,7 +208,7 @@ def explain_tls(text: str, *, where: str) -> Failure:
         )
     if "CERTIFICATE_REQUIRED" in alert or "HANDSHAKE_FAILURE" in alert:
         return Failure(
-            f"the broker at {where} wants a client certificate; name one and its key under [broker]",
+            f"the broker at {where} wants a client certificate; name one and its key in [broker]",
             final=True,
         )
     if any(word in alert for word in _REFUSED_ALERTS):

@@ -236,6 +236,21 @@ def test_a_device_enrols_with_a_certificate_of_the_companys_ca_that_its_system_t
         assert words in checks["broker"]["found"], checks["broker"]
 
 
+def test_the_operator_gets_in_with_a_certificate_of_the_companys_ca(at_work, changed):
+    for name in ("midge-server", "midge-operator"):
+        at_work.company.certify(name, at_work.home / "logins")
+    pair = 'certificate = "logins/{name}.pem"\nkey = "logins/{name}.key"\n'
+    lines = f'ca = "company-ca.pem"\n{pair}[broker.devices]\n{pair}'
+    at_work.company.settings(at_work.fleet, lines, port=at_work.company.port_2)
+    assert at_work.says("status").returncode == 0
+    found = json.loads(at_work.says("doctor", "--json").stdout)["checks"]
+    levels = {each["check"]: each["level"] for each in found}
+    for check in ("cert server", "cert operator", "strangers", "access rules", "retained"):
+        assert levels[check] == "ok", found
+    at_work.company.settings(at_work.fleet, 'ca = "company-ca.pem"', port=at_work.company.port_2)
+    is_refusal(at_work.says("status"), "refused our client certificate", "one that this broker")
+
+
 def test_an_enrolled_device_moves_to_another_broker_by_its_own_settings(at_work, tmp_path):
     """Its bundle was for a broker of midge's own; device.toml takes it to the company's."""
     own = Fleet(tmp_path)
