@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +87,14 @@ def wait_until(true: Callable[[], Any], what: str, give_up_s: float = GIVE_UP_S)
 def written_in(folder: Path) -> list[Path]:
     """The files in a folder where somebody is at work, but for those not yet whole."""
     return sorted(path for path in folder.iterdir() if path.suffix != ".new")
+
+
+def files_below(folder: Path) -> Iterator[tuple[Path, bytes]]:
+    """Every file and what is in it; one that goes away meanwhile was never there."""
+    for place, _, names in os.walk(folder):
+        for path in (Path(place, name) for name in sorted(names) if not name.endswith(".new")):
+            with contextlib.suppress(FileNotFoundError):
+                yield path, path.read_bytes()
 
 
 def write_samples(path: Path, *, seed: int, rows: int = 48, labels: int = 7) -> str:

@@ -17,7 +17,7 @@ from device_client.enrolment import enrol
 from server.fleet.enrolment import Registrar, add_device
 from server.fleet.home import create
 from server.store.database import Database
-from tests.fleets import FEDERATION, GIVE_UP_S, TOPICS, Fleet
+from tests.fleets import FEDERATION, GIVE_UP_S, TOPICS, Fleet, wait_until
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +46,7 @@ def answering(lobby, name, answer):
     link = PahoLink.open("localhost", lobby.port, client_id=f"server-{name}",
                          tls=lobby.home.tls("server"), session_s=0)  # fmt: skip
     link.subscribe([TOPICS.up(0, name, "enrol")])
+    wait_until(lambda: all(link._filters.values()), "it hears")
     done = threading.Event()
     asked = []
 

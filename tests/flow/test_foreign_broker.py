@@ -27,7 +27,15 @@ from server.commands.bundle import What
 from server.fleet import additions
 from server.store.database import Database
 from tests.company import Company
-from tests.fleets import TOPICS, Fleet, Listener, is_refusal, typed, wait_until
+from tests.fleets import (
+    TOPICS,
+    Fleet,
+    Listener,
+    files_below,
+    is_refusal,
+    typed,
+    wait_until,
+)
 
 LINES = """ca = "company-ca.pem"
 username = "{name}"
@@ -148,8 +156,8 @@ def test_no_password_is_in_a_log_a_list_of_processes_an_answer_or_an_open_file(a
     assert leaks == []
     words = [word.encode() for word in at_work.passwords.values()]
     places = [at_work.home, at_work.fleet.folder / "ann"]
-    files = [path for place in places for path in place.rglob("*") if path.is_file()]
-    holding = [path for path in files if any(word in path.read_bytes() for word in words)]
+    files = [each for place in places for each in files_below(place)]
+    holding = [path for path, data in files if any(word in data for word in words)]
     assert {"ann.bundle", "identity.json", "midge-server"} <= {path.name for path in holding}
     assert [path for path in holding if stat.S_IMODE(path.stat().st_mode) != 0o600] == []
 

@@ -24,7 +24,7 @@ import pytest
 from broker_bridge.link.local_broker import LocalBroker
 from device_client.cli import main as midge_device
 from server.cli import main as midge
-from tests.fleets import TOPICS, Fleet, typed
+from tests.fleets import TOPICS, Fleet, files_below, typed
 
 WORDS = "four words nobody guesses"
 HALF = 16  # bytes: whoever knows so much of a key need not guess the rest
@@ -89,14 +89,6 @@ def inner_key(data: bytes) -> bytes:
         return data[16:]
     at = data.index(b"\x02\x01\x01\x04\x20") + 5  # RFC 5915, P-256
     return data[at : at + 32]
-
-
-def files_below(folder: Path) -> Iterator[tuple[Path, bytes]]:
-    """Every file and what is in it, where processes are at work: what went meanwhile is gone."""
-    for place, _, names in os.walk(folder):
-        for path in (Path(place, name) for name in sorted(names)):
-            with contextlib.suppress(FileNotFoundError):
-                yield path, path.read_bytes()
 
 
 def secrets_on_disk(*folders: Path) -> dict[str, bytes]:
