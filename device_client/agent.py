@@ -17,11 +17,10 @@ from broker_bridge.link.base import Connected, Disconnected, Link, LinkEvent, Me
 from broker_bridge.task.taskfile import Plan
 from broker_bridge.wire import messages
 from broker_bridge.wire.envelope import random_bytes
-from broker_bridge.wire.messages import Ack, Blob, Go, NeedBlob, Refused, Renewal
+from broker_bridge.wire.messages import Ack, Blob, Go, NeedBlob
 from broker_bridge.wire.topics import DownTopic, Topics
 from device_client import events as ev
 from device_client import hearing
-from device_client import identity as identities
 from device_client import model as models
 from device_client.background import Background, ThreadBackground
 from device_client.collecting import Collected, Collecting
@@ -30,9 +29,9 @@ from device_client.identity import Identity
 from device_client.journal import Journal
 from device_client.nameplate import Nameplate
 from device_client.outbox import Outbox
+from device_client.papers import Papers
 from device_client.participant import Participant, State
 from device_client.permission import Permission
-from device_client.renewal import Renewer, is_meant
 from device_client.sealing import sealed
 from device_client.trainer import LocalTrainer
 from device_client.workbench import Workbench
@@ -70,7 +69,6 @@ class Agent:
         it, the new certificate is used when the process starts again. `judged` says what the
         owner's rules say now, given the number of samples. `keeps_model`: for this device's own
         programs (device_client/model.py); `personal_epochs`: how long to train it on for them."""
-        self.identity = identity
         self.rejects: Counter[str] = Counter()
         self._topics = Topics(identity.federation)
         self._link = link
@@ -85,9 +83,8 @@ class Agent:
             disk=journal.disk,
         )
         self._outbox = Outbox(journal.folder / "outbox", disk=journal.disk)
-        self._renewer = Renewer(journal.folder, disk=journal.disk, random=random, software=software)
+        self._papers = Papers(identity, journal, self._outbox, random=random, software=software)
         self._relink = relink
-        self._has_other_certificate = False  # than the one that the link was made with
         self._permission = Permission(judged, clock)
         self._keeps_model = keeps_model
         self._personal_epochs = personal_epochs
@@ -102,9 +99,19 @@ class Agent:
         self._was_connected = False
 
     @property
+    def identity(self) -> Identity:
+        """Who this device is, as of now."""
+        return self._papers.identity
+
+    @property
     def link(self) -> Link:
         """The present connection."""
         return self._link
+
+    @property
+    def round(self) -> int:
+        """The round this device is in, or the last one it saw."""
+        return self._participant.round
 
     @property
     def state(self) -> State:
@@ -142,7 +149,7 @@ class Agent:
         self._link.subscribe(self._asking_for)
         waiting = self._outbox.load()
         self._handle([] if waiting is None else [ev.Sealed(waiting)])
-        if self._renewer.offered(self.identity) is not None:
+        if self._papers.are_unsettled:
             self._handle([ev.RenewalAsked(keys=True)])
 
     @property
@@ -170,9 +177,9 @@ class Agent:
     def _connect_anew(self) -> None:
         """Use a new certificate at once, or its faults would show when nobody is there to see."""
         idle = self.state is State.IDLE and self._room_at_s is None
-        if not self._has_other_certificate or self._relink is None or not idle:
+        if not self._papers.has_other_certificate or self._relink is None or not idle:
             return
-        self._has_other_certificate = self._was_connected = False
+        self._papers.has_other_certificate = self._was_connected = False
         self._handle([ev.LinkDown()])
         self._link = self._relink(self._link, self.identity)
         self._nameplate.wiped()
@@ -262,9 +269,10 @@ class Agent:
             case "round" if message.payload:
                 return [hearing.announcement(self.identity, message.payload)]
             case "identity" if message.payload:
-                self._hear_identity(message.payload)
+                if self._papers.hear_server(message.payload):
+                    self._link.subscribe([self._topics.round])  # they may have signed it again
             case DownTopic(to, "cfg") if to == device:
-                return self._hear_configuration(message.payload)
+                return self._papers.hear(message.payload)
             case ("task" | "model") as kind if message.payload:
                 return self._collect(kind, message.payload)
             case DownTopic(to, kind) if to == device and kind in hearing.ANSWERS:
@@ -278,48 +286,6 @@ class Agent:
         if isinstance(answer, Ack):
             log.info("round %d: update %s %s", answer.round, answer.upload.hex(), answer.status)
         return ev.Answered(answer)
-
-    def _hear_identity(self, signed: bytes) -> None:
-        """The server's keys, as the root signed them: newer ones take the place of ours."""
-        new = identities.with_server(self.identity, signed)
-        if new is self.identity:
-            return
-        self._adopt(new)
-        log.info("the server has new keys, number %d", new.server_sequence)
-        self._link.subscribe([self._topics.round])  # the announcement may be signed by them
-
-    def _hear_configuration(self, signed: bytes) -> list[ev.Event]:
-        match hearing.configuration(self.identity, signed):
-            case Refused(reason=reason):
-                log.warning("the server refuses: %s", reason)
-                return [ev.RenewalRefused(reason)]
-            case Renewal() as asked:
-                if is_meant(self.identity, asked):
-                    return [ev.RenewalAsked(asked.keys, asked.spread_s)]
-                return []
-            case welcome:
-                return [self._renewed(self._renewer.answer(self.identity, welcome))]
-
-    def _renewed(self, new: Identity) -> ev.Renewed:
-        """What the server answered goes to the disk, and is used from now on."""
-        before = self.identity
-        has_new_keys = new.keys != before.keys
-        if has_new_keys:
-            # First: what is sealed under old keys must not be found beside new ones.
-            self._outbox.discard()
-        self._adopt(new)
-        if new.certificate_pem != before.certificate_pem:
-            self._has_other_certificate = True
-        log.info(
-            "renewed: fleet key %d, certificate %d%s",
-            new.fleet_epoch, new.certified_until, ", new keys" if has_new_keys else "",
-        )  # fmt: skip
-        return ev.Renewed(frozenset(new.fleet_keys), keys=has_new_keys)
-
-    def _adopt(self, new: Identity) -> None:
-        """When this returns, it survives."""
-        identities.save(self._journal.folder, new, disk=self._journal.disk)
-        self.identity = new
 
     def _collect(self, kind: Literal["task", "model"], chunk: bytes) -> list[ev.Event]:
         match self._collecting.take(self._link, kind, chunk):
@@ -356,8 +322,7 @@ class Agent:
             case ev.Discard():
                 self._outbox.discard()
             case ev.Renew(keys, attempt):
-                asked = self._renewer.question(self.identity, keys=keys, attempt=attempt)
-                self._publish("renew", asked)
+                self._publish("renew", self._papers.question(keys=keys, attempt=attempt))
             case ev.Stop(reason):
                 self._stop(reason)
         return []

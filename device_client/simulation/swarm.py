@@ -131,10 +131,10 @@ class Device:
         agent = self.agent
         assert agent is not None  # noqa: S101 - see `turn`
         fate, name = self.swarm.fate, self.identity.device
-        round_ = agent._participant.round
+        round_ = agent.round
         self.background.takes_s = fate.train_for_s(name, round_)
         agent.turn(event)
-        round_ = agent._participant.round
+        round_ = agent.round
         if self._cut_in < round_ and agent.state is fate.cut_at(name, round_):
             self._cut_in = round_
             self.cut()
