@@ -3,7 +3,7 @@
 The broker may have forgotten who is here when we lose it; whoever is will say so again.
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 
 from broker_bridge.wire.messages import Presence
 
@@ -15,18 +15,30 @@ class Attendance:
 
     def __init__(self) -> None:
         self._presence: dict[str, Presence] = {}
+        # Who is here, by role: asked for each message, so never looked for among all.
+        self._here: defaultdict[str, dict[str, None]] = defaultdict(dict)
 
     def seen(self, device: str, presence: Presence) -> None:
         """A device said this of itself, or its will did."""
+        before = self._presence.get(device)
+        if before is not None and before.role != presence.role:
+            self._here[before.role].pop(device, None)
         self._presence[device] = presence
+        if presence.state in ("lost", "sleeping"):
+            self._here[presence.role].pop(device, None)
+        else:
+            self._here[presence.role][device] = None
 
     def forget(self, device: str) -> None:
         """This one counts no more."""
-        self._presence.pop(device, None)
+        before = self._presence.pop(device, None)
+        if before is not None:
+            self._here[before.role].pop(device, None)
 
     def clear(self) -> None:
         """Forget everybody."""
         self._presence.clear()
+        self._here.clear()
 
     def knows(self, device: str) -> bool:
         """Whether anything was heard of this device."""
@@ -39,11 +51,11 @@ class Attendance:
 
     def online(self, role: str) -> list[str]:
         """The devices of this role that are here."""
-        return [
-            device
-            for device, presence in self._presence.items()
-            if presence.role == role and presence.state not in ("lost", "sleeping")
-        ]
+        return list(self._here[role])
+
+    def count(self, role: str) -> int:
+        """How many devices of this role are here."""
+        return len(self._here[role])
 
     def states(self) -> dict[str, int]:
         """How many are in each state."""

@@ -127,13 +127,20 @@ class Coordinator:
         """The devices of this role that are here."""
         return self._attendance.online(role)
 
+    def online_count(self, role: str = "train") -> int:
+        """How many devices of this role are here; cheap, however large the fleet."""
+        return self._attendance.count(role)
+
     def status(self) -> dict[str, object]:
         """Everything an operator may want to know, as JSON types."""
         found: dict[str, object] = {
             "federation": self.federation,
             "phase": "paused" if self.paused else self.phase.value,
             "detail": self._trouble or self.detail,
-            "devices": {"online": len(self.online()), "evaluating": len(self.online("evaluate"))}
+            "devices": {
+                "online": self.online_count(),
+                "evaluating": self.online_count("evaluate"),
+            }
             | self._attendance.states(),
             "rejected": dict(self.rejects),
         }
@@ -313,7 +320,7 @@ class Coordinator:
         if not self._connected:
             self.detail = "waiting for the broker"  # a round that nobody hears of would be lost
             return []
-        online = len(self.online())
+        online = self.online_count()
         target = run.target or online
         quorum = run.quorum or max(1, -(-target // 2))
         if online < quorum:
@@ -446,7 +453,7 @@ class Coordinator:
         self._begin_measuring(version, by_server=server_evaluates)
         if server_evaluates:
             return [Evaluate(version)]
-        if not self.online("evaluate"):
+        if not self.online_count("evaluate"):
             return self._decide(_NOBODY)
         return []
 
@@ -464,7 +471,7 @@ class Coordinator:
     def _wait_for_reports(self, this: Measuring) -> list[Effect]:
         """Nobody is waited for who does not show up: after a restart all are unknown at first."""
         over_s = this.over_s
-        if not this.by_server and not self.online("evaluate"):
+        if not this.by_server and not self.online_count("evaluate"):
             over_s -= max(0.0, self.rules.evaluation_wait_s - _ROLL_CALL_S)
         return self._decide(_NOBODY) if self._now_s >= over_s else []
 

@@ -325,7 +325,7 @@ class Service:
                 self._request_renewal(device)
 
     def _request_renewal(self, device: rows.Device) -> None:
-        online = len(self._coordinator.online())
+        online = self._coordinator.online_count()
         asked = self._renewals.request(device, now_s=self._clock(), online=online)
         if asked is not None:
             self._board.publish(self._topics.down(device.name, "cfg"), asked)
