@@ -20,12 +20,10 @@ from broker_bridge.disk import disk_errors
 from broker_bridge.errors import LocalError
 from broker_bridge.link.paho_link import PahoLink
 from broker_bridge.link.tls import TlsFiles, check_pair, client_context
-from broker_bridge.wire.enrolment import SYSTEM_CA, Credentials
+from broker_bridge.wire.enrolment import SYSTEM_CA, TEXT_CHARS_MAX, Credentials, Text
 from broker_bridge.wire.envelope import CLIENT_ID, KEY_BYTES, client_id, random_bytes
 
 __all__ = ["Access", "Login", "ca_pem", "credentials", "read_secret"]
-
-_TEXT_BYTES_MAX = 65_535  # what MQTT has room for (5.0 §1.5.4)
 
 
 class Login(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -35,12 +33,12 @@ class Login(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     `midge-operator`; a path is relative to the settings' folder.
     """
 
-    ca: str = ""  # a PEM file, or "system": whom this machine trusts
-    username: str = ""
-    password_file: str = ""
-    certificate: str = ""
-    key: str = ""
-    client_id: str = ""  # "{name}-{random}" unless said otherwise
+    ca: Text = ""  # a PEM file, or "system": whom this machine trusts
+    username: Text = ""
+    password_file: Text = ""
+    certificate: Text = ""
+    key: Text = ""
+    client_id: Text = ""  # "{name}-{random}" unless said otherwise
 
     def __post_init__(self) -> None:
         if self.password_file and not self.username:
@@ -155,7 +153,7 @@ def _password(login: Login, folder: Path) -> str | None:
         return None
     path = folder / login.password_file
     words = read_secret(path, "the password").removesuffix("\n").removesuffix("\r")
-    if not words or "\n" in words or len(words.encode()) > _TEXT_BYTES_MAX:
+    if not words or "\n" in words or len(words) > TEXT_CHARS_MAX:
         raise LocalError(f"{path} should hold a password in one line, and nothing else")
     return words
 

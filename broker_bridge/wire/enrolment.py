@@ -31,9 +31,11 @@ from broker_bridge.wire.topics import is_name
 
 __all__ = [
     "SYSTEM_CA",
+    "TEXT_CHARS_MAX",
     "Bundle",
     "Contact",
     "Credentials",
+    "Text",
     "accept",
     "open_welcome",
     "request",
@@ -46,14 +48,18 @@ __all__ = [
 SYSTEM_CA = "system"  # in the place of PEM: the CAs that the device's own system trusts
 
 
+TEXT_CHARS_MAX = 16_000  # in UTF-8 that fits where MQTT has room for 65,535 bytes (5.0 §1.5.4)
+Text = Annotated[str, Meta(max_length=TEXT_CHARS_MAX)]
+
+
 class Credentials(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What a device shows to a broker that midge did not set up. `repr` shows no secret."""
 
-    username: str = ""
-    password: str = ""
+    username: Text = ""
+    password: Text = ""
     certificate_pem: str = ""
     key_pem: str = ""
-    client_id: str = ""  # a pattern, see `envelope.client_id`; empty: midge's own
+    client_id: Text = ""  # a pattern, see `envelope.client_id`; empty: midge's own
 
     @property
     def says_who(self) -> bool:

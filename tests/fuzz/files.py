@@ -18,12 +18,13 @@ from broker_bridge.wire.chunks import (
     ChunkHeader,
     Layout,
 )
-from broker_bridge.wire.enrolment import Bundle
+from broker_bridge.wire.enrolment import Bundle, Credentials
 from broker_bridge.wire.envelope import KemKey, SignKey
 from broker_bridge.wire.messages import Init
 from broker_bridge.wire.topics import Topics, is_name
 from broker_bridge.wire.update import seal_update
 from device_client import identity as identities
+from device_client.access import access_to_enrol
 from device_client.config import DeviceConfig
 from device_client.journal import Journal
 from device_client.outbox import Outbox
@@ -43,6 +44,7 @@ from tests.fuzz.target import (
 from tests.fuzz.wire import BINDING, CHUNK_KEY, SMALL, TRANSFER
 
 __all__ = [
+    "LOGIN",
     "bundle",
     "bundle_seed",
     "certificate",
@@ -58,6 +60,9 @@ __all__ = [
 ]
 
 
+LOGIN = Credentials(username="u", password="p", certificate_pem="PEM", key_pem="PEM")
+
+
 def bundle(data: bytes) -> None:
     found = Bundle.decode(data)
     repr(found)
@@ -68,11 +73,13 @@ def bundle(data: bytes) -> None:
     Topics(found.federation)
     assert is_name(found.device)
     assert 1 <= found.broker_port <= 65_535
-    identities.bootstrap_files(folder("bundle"), found)
+    access = access_to_enrol(folder("bundle"), found)
+    assert access.port == found.broker_port
+    assert len((access.username or "").encode()) <= 65_535
 
 
 @functools.cache
-def bundle_seed() -> bytes:
+def bundle_seed(broker: Credentials | msgspec.UnsetType = msgspec.UNSET) -> bytes:
     root = SignKey.from_seed(key(12))
     identity = messages.ServerIdentity(
         federation="demo", sign_public=SIGN.public, kem_public=SERVER_KEM.public, issued_at=1.0
@@ -82,7 +89,7 @@ def bundle_seed() -> bytes:
         root_public=root.public.hex(),
         server_identity=enrolment.sign_server_identity(root, identity).hex(),
         token=key(5).hex(), token_expires="2026-01-01", ca_pem="PEM",
-        bootstrap_certificate_pem="PEM", bootstrap_key_pem="PEM",
+        bootstrap_certificate_pem="PEM", bootstrap_key_pem="PEM", broker=broker,
     ).encode()  # fmt: skip
 
 
@@ -193,6 +200,7 @@ def journal_seeds() -> list[bytes]:
         b"\x00" + json.dumps(memory).encode(),
         b"\x0112",
         b"\x02" + msgspec.json.encode(identity),
+        b"\x02" + msgspec.json.encode(msgspec.structs.replace(identity, broker=LOGIN)),
         b"\x03" + msgspec.json.encode(keys),
     ]
 

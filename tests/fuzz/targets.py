@@ -21,7 +21,7 @@ ALL = [
     Target("renewal", wire.renew, wire.renew_seeds),
     Target("weights", contents.decode_weights, contents.weight_seeds),
     Target("task", contents.task, contents.task_seeds, base_bytes=2 * MIB),
-    Target("bundle", files.bundle, lambda: [files.bundle_seed()]),
+    Target("bundle", files.bundle, lambda: [files.bundle_seed(), files.bundle_seed(files.LOGIN)]),
     # tomllib descends by calling itself, as deep as Python lets it: 1.7 MB of frames.
     Target("config", files.config, files.config_seeds, base_bytes=4 * MIB),
     Target("certificate", files.certificate, files.certificate_seeds),
