@@ -326,6 +326,11 @@ def test_a_device_with_a_wrong_password_is_told_where_to_change_it(at_work, tmp_
     checks = {each["check"]: each for each in json.loads(done.stdout)["checks"]}
     assert "refused the user name 'ann'" in checks["broker"]["found"]
     assert checks["broker"]["advice"] == f"correct [broker] in {folder / 'device.toml'}"
+    running = at_work.fleet.device("ann-moved", "--dir", str(folder))
+    running.wait_for(f"correct [broker] in {folder / 'device.toml'}")
+    assert "refused the user name 'ann'" in running.log
+    assert running.terminate() == 0, "it waits for a person, and ends when asked to"
+    assert "nor this" not in running.log
     (folder / "broker.password").write_text(at_work.passwords["ann"])
     done = at_work.device_says("doctor", "--dir", folder, "--json")
     checks = {each["check"]: each for each in json.loads(done.stdout)["checks"]}
