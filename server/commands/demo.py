@@ -33,7 +33,7 @@ def demo(
     Example:
       midge demo --rounds 5
     """
-    from server.demo import run_demo
+    from server.demo.story import run_demo
 
     run_demo(
         rounds=rounds, accuracy=accuracy, keep=keep, engine=engine, plain=plain, as_json=as_json
