@@ -12,11 +12,12 @@ import click
 
 from broker_bridge.errors import LocalError
 from server import screen
-from server.commands.answering import NAME, opened, say
+from server.commands.answering import NAME, Answer, about_one, opened
 from server.commands.joining import device_accept, device_add
 from server.commands.leaving import device_remove, device_replace, device_revoke
 from server.commands.options import DIR, JSON
 from server.fleet.census import Entry, census, find, presences
+from server.fleet.home import Home
 from server.store.database import Database
 from server.store.rows import DeviceStatus
 
@@ -118,60 +119,51 @@ def _entry(db: Database, name: str) -> Entry:
 # ── Steering ────────────────────────────────────────────────────────────────────────────
 
 
-@device.command("rotate")
-@NAME
-@DIR
-@JSON
-def device_rotate(name: str, folder: Path, as_json: bool) -> None:
+@about_one("rotate")
+def device_rotate(_home: Home, db: Database, name: str) -> Answer:
     """Ask a device for new keys; it makes them when it is next heard of.
 
     \b
     Example:
       midge device rotate ward-3 --dir fleet
     """
-    with opened(folder) as (_, db), db.transaction() as tx:
+    with db.transaction() as tx:
         row = find(tx, name)
         if row.status not in ("enrolled", "suspended"):
             raise LocalError(f"the device {name!r} is {row.status}; only an enrolled one rotates")
         tx.set_device_wanted(name, "rotate")
         tx.count_fleet_change()
     text = f"{name} will be asked for new keys as soon as it is heard of"
-    say(as_json, text, device=name, wanted="rotate")
+    return text, {"wanted": "rotate"}
 
 
-@device.command("suspend")
-@NAME
-@DIR
-@JSON
-def device_suspend(name: str, folder: Path, as_json: bool) -> None:
+@about_one("suspend")
+def device_suspend(_home: Home, db: Database, name: str) -> Answer:
     """Keep a device out of rounds until `resume`. It keeps its keys, and what it has learnt.
 
     \b
     Example:
       midge device suspend ward-3 --dir fleet
     """
-    _set(folder, name, "enrolled", "suspended")
+    _set(db, name, "enrolled", "suspended")
     text = f"suspended {name}; it may come back: midge device resume {name}"
-    say(as_json, text, device=name, status="suspended")
+    return text, {"status": "suspended"}
 
 
-@device.command("resume")
-@NAME
-@DIR
-@JSON
-def device_resume(name: str, folder: Path, as_json: bool) -> None:
+@about_one("resume")
+def device_resume(_home: Home, db: Database, name: str) -> Answer:
     """Let a suspended device take part again.
 
     \b
     Example:
       midge device resume ward-3 --dir fleet
     """
-    _set(folder, name, "suspended", "enrolled")
-    say(as_json, f"{name} takes part again", device=name, status="enrolled")
+    _set(db, name, "suspended", "enrolled")
+    return f"{name} takes part again", {"status": "enrolled"}
 
 
-def _set(folder: Path, name: str, before: DeviceStatus, after: DeviceStatus) -> None:
-    with opened(folder) as (_, db), db.transaction() as tx:
+def _set(db: Database, name: str, before: DeviceStatus, after: DeviceStatus) -> None:
+    with db.transaction() as tx:
         row = find(tx, name)
         if row.status == "revoked":
             raise LocalError(
@@ -185,5 +177,8 @@ def _set(folder: Path, name: str, before: DeviceStatus, after: DeviceStatus) -> 
             tx.count_fleet_change()
 
 
-for _command in (device_add, device_accept, device_revoke, device_replace, device_remove):
+for _command in (
+    device_add, device_accept, device_rotate, device_suspend, device_resume, device_revoke,
+    device_replace, device_remove,
+):  # fmt: skip
     device.add_command(_command)

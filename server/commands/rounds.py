@@ -4,6 +4,7 @@ import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import click
 import msgspec
@@ -62,43 +63,21 @@ def start(
     _tell(_ask(folder, _checked(command)), as_json, "started")
 
 
-@click.command()
-@DIR
-@JSON
-def stop(folder: Path, as_json: bool) -> None:
-    """Stop the run; its open round ends without a model.
+def _steers(name: Literal["stop", "pause", "resume"], done: str, does: str) -> click.Command:
+    """A command that says one word to the server; `does` is for people."""
 
-    \b
-    Example:
-      midge stop --dir fleet
-    """
-    _tell(_ask(folder, Command(cmd="stop")), as_json, "stopped")
+    @click.command(name, help=f"{does}\n\n\b\nExample:\n  midge {name} --dir fleet")
+    @DIR
+    @JSON
+    def steer(folder: Path, as_json: bool) -> None:
+        _tell(_ask(folder, Command(cmd=name)), as_json, done)
 
-
-@click.command()
-@DIR
-@JSON
-def pause(folder: Path, as_json: bool) -> None:
-    """Open no further round until `midge resume`.
-
-    \b
-    Example:
-      midge pause --dir fleet
-    """
-    _tell(_ask(folder, Command(cmd="pause")), as_json, "paused")
+    return steer
 
 
-@click.command()
-@DIR
-@JSON
-def resume(folder: Path, as_json: bool) -> None:
-    """Go on after `midge pause`.
-
-    \b
-    Example:
-      midge resume --dir fleet
-    """
-    _tell(_ask(folder, Command(cmd="resume")), as_json, "resumed")
+stop = _steers("stop", "stopped", "Stop the run; its open round ends without a model.")
+pause = _steers("pause", "paused", "Open no further round until `midge resume`.")
+resume = _steers("resume", "resumed", "Go on after `midge pause`.")
 
 
 @click.command()
