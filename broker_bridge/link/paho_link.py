@@ -5,19 +5,15 @@ waits for it. The wait is `poll` where there is one: `select` knows no file desc
 above 1023, and a server with many files open hands out such numbers.
 """
 
-import random as _random
 import selectors
 import socket
 import threading
 import time
-from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Unpack
 
 from broker_bridge.errors import LinkError
-from broker_bridge.limits import LIMITS
-from broker_bridge.link.base import Message
-from broker_bridge.link.paho_session import Connection, PahoSession, SessionSettings
-from broker_bridge.link.queued_link import GOODBYE_S, MIB
+from broker_bridge.link.paho_session import Connection, Options, PahoSession, SessionSettings
+from broker_bridge.link.queued_link import GOODBYE_S
 from broker_bridge.link.tls import TlsFiles, client_context
 
 __all__ = ["PahoLink"]
@@ -44,25 +40,8 @@ class PahoLink(PahoSession):
         *,
         client_id: str,
         tls: TlsFiles | None = None,
-        username: str | None = None,
-        password: str | None = None,
-        advice: str = "",
-        will: Message | None = None,
-        will_delay_s: int = 0,
-        keepalive_s: int = 60,
-        session_s: int = 86_400,
         wait_s: float | None = 10.0,
-        protocol: Literal["auto", "5.0", "3.1.1"] = "auto",
-        receive_max: int = 64,
-        receive_queue_bytes_max: int = 8 * MIB,
-        send_queue_bytes_max: int = 64 * MIB,
-        connect_timeout_s: float = 5.0,
-        backoff_first_s: float = 1.0,
-        backoff_max_s: float = 60.0,
-        packet_bytes_max: int | None = None,
-        inflight_max: int = LIMITS.inflight_max,
-        publishes_per_s: float = 0.0,
-        random: Callable[[], float] = _random.random,
+        **options: Unpack[Options],
     ) -> "PahoLink":
         """Connect, and stay connected until `close`.
 
@@ -80,30 +59,7 @@ class PahoLink(PahoSession):
         """
         context = None if tls is None else client_context(tls)
         link = cls(
-            SessionSettings(
-                host=host,
-                port=port,
-                client_id=client_id,
-                tls=context,
-                username=username,
-                password=password,
-                advice=advice,
-                will=will,
-                will_delay_s=will_delay_s,
-                keepalive_s=keepalive_s,
-                session_s=session_s,
-                receive_max=receive_max,
-                receive_queue_bytes_max=receive_queue_bytes_max,
-                send_queue_bytes_max=send_queue_bytes_max,
-                connect_timeout_s=connect_timeout_s,
-                backoff_first_s=backoff_first_s,
-                backoff_max_s=backoff_max_s,
-                protocol=protocol,
-                packet_bytes_max=packet_bytes_max,
-                inflight_max=inflight_max,
-                publishes_per_s=publishes_per_s,
-                random=random,
-            )
+            SessionSettings(host=host, port=port, client_id=client_id, tls=context, **options)
         )
         link._thread.start()
         if wait_s is not None:

@@ -27,7 +27,7 @@ import ssl
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import paho.mqtt.client as mqtt
 from paho.mqtt.enums import CallbackAPIVersion
@@ -41,7 +41,7 @@ from broker_bridge.link.paho_client import RECEIVED_PACKET_BYTES_MAX, TRESPASS, 
 from broker_bridge.link.queued_link import GOODBYE_S, MIB, QueuedLink, packet_bytes
 from broker_bridge.link.tls import Failure, explain, explain_refusal, explain_tls
 
-__all__ = ["Connection", "PahoSession", "SessionSettings"]
+__all__ = ["Connection", "Options", "PahoSession", "SessionSettings"]
 
 log = logging.getLogger(__name__)
 
@@ -80,6 +80,31 @@ class SessionSettings:
     inflight_max: int = LIMITS.inflight_max
     publishes_per_s: float = 0.0  # 0: as fast as they are acknowledged
     random: Callable[[], float] = _random.random
+
+
+class Options(TypedDict, total=False):
+    """The settings that have a default, as keywords; what they mean is said above and in
+    `PahoLink.open`.
+    """
+
+    username: str | None
+    password: str | None
+    advice: str
+    will: Message | None
+    will_delay_s: int
+    keepalive_s: int
+    session_s: int
+    receive_max: int
+    receive_queue_bytes_max: int
+    send_queue_bytes_max: int
+    connect_timeout_s: float
+    backoff_first_s: float
+    backoff_max_s: float
+    protocol: Literal["auto", "5.0", "3.1.1"]
+    packet_bytes_max: int | None
+    inflight_max: int
+    publishes_per_s: float
+    random: Callable[[], float]
 
 
 class _LastError(logging.Logger):

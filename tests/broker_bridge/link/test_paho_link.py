@@ -1,6 +1,7 @@
 """The MQTT link against a real mosquitto that dies, stalls, limits and refuses."""
 
 import contextlib
+import dataclasses
 import logging
 import os
 import random
@@ -13,6 +14,7 @@ from broker_bridge.errors import LinkError, LocalError
 from broker_bridge.link.base import Connected, Disconnected, Message
 from broker_bridge.link.local_broker import free_port
 from broker_bridge.link.paho_link import PahoLink
+from broker_bridge.link.paho_session import Options, SessionSettings
 from broker_bridge.link.poller import raise_file_limit
 from broker_bridge.link.queued_link import packet_bytes
 from broker_bridge.link.tls import TlsFiles
@@ -484,6 +486,12 @@ def test_secrets_and_payloads_are_not_logged(plain_broker, links, caplog):
     assert caplog.text
     assert "hunter2" not in caplog.text
     assert "payload!" not in caplog.text
+
+
+def test_every_setting_of_a_session_can_be_given_when_a_link_is_opened():
+    settings = {each.name: each for each in dataclasses.fields(SessionSettings)}
+    given = {name for name, each in settings.items() if each.default is not dataclasses.MISSING}
+    assert set(Options.__annotations__) == given - {"tls"}
 
 
 def test_a_bug_in_the_network_thread_reaches_the_owner(links):
