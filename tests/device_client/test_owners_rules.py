@@ -1,4 +1,4 @@
-"""What the owner's rules do to a round, and which models come to the device's own programs."""
+"""What the owner's rules do to a round, to a whole device, and to the models that it keeps."""
 
 import json
 
@@ -8,28 +8,23 @@ from broker_bridge.task.taskfile import decode_task
 from broker_bridge.wire import weights
 from broker_bridge.wire.messages import Join
 from device_client import model as models
-from device_client.duties.keeping import KEEP_S
 from device_client.eligibility import Readings, Rules, judge
 from device_client.events import (
-    Discard,
     Eligible,
     Fetch,
     Fetched,
-    Keep,
     LinkUp,
     Remember,
     Room,
-    Sealed,
     Send,
     SendChunks,
     Stop,
     Tick,
     Train,
-    Trained,
 )
 from device_client.model import Model
 from device_client.participant import State
-from tests.device_client.test_participant import (
+from tests.device_client.rounds import (
     CHUNKS,
     MODEL,
     ROUND,
@@ -44,7 +39,6 @@ from tests.device_client.test_participant import (
     kinds,
     need,
     opening,
-    receipt,
 )
 from tests.fleets import DEVICE, TOPICS, run, wait_until, write_samples
 
@@ -142,70 +136,6 @@ def test_a_device_that_evaluates_puts_it_off() -> None:
     assert Fetch in kinds(made.step(FINE))
     assert made.step(HOT) == [Stop(HOT.against)]
     assert Fetch in kinds(made.step(FINE))
-
-
-# ── A model for its own programs ────────────────────────────────────────────────────────
-
-
-def accepted(**options):
-    """A device whose update of round 1 is in."""
-    made = device(kept_version=0, **options)
-    made.step(ROUND)
-    made.step(go_for(ROUND))
-    made.step(Fetched("task", TASK.digest))
-    assert made.step(Fetched("model", MODEL.digest))[1:] == [Keep(1, 1)]
-    made.step(Trained(1))
-    made.step(Sealed(commit_for(ROUND)))
-    assert Discard(UPLOAD) in made.step(receipt("accepted"))
-    return made
-
-
-def test_the_model_of_a_round_with_its_update_is_fetched_and_kept() -> None:
-    made = accepted()
-    assert made.step(closing(1, model_version=2)) == [Fetch("model", MODEL)]
-    assert made.step(Fetched("model", MODEL.digest)) == [Keep(2, 1)]
-    assert made.state is State.IDLE
-    assert made.step(closing(1, model_version=2)) == []
-
-
-def test_it_is_not_fetched_by_a_device_that_keeps_none_or_was_not_in_the_round() -> None:
-    made = at(State.UPLOADING)
-    made.step(receipt("accepted"))
-    assert made.step(closing(1, model_version=2)) == []
-    other = device(kept_version=0)
-    assert kinds(other.step(closing(1, model_version=2))) == [Remember]
-
-
-def test_the_next_round_comes_before_a_model_to_keep() -> None:
-    made = accepted()
-    made.step(closing(1, model_version=2))
-    effects = made.step(opening(2, model_version=2))
-    assert Stop in kinds(effects)
-    assert made.state is State.JOINING
-    made.step(go_for(opening(2, model_version=2)))
-    assert kinds(made.step(Fetched("model", MODEL.digest))) == [Train, Keep]
-
-
-def test_an_opening_that_is_heard_again_does_not_stop_a_model_to_keep() -> None:
-    made = accepted()
-    made.step(closing(1, model_version=2))
-    assert made.step(ROUND) == []
-    assert made.step(Fetched("model", MODEL.digest)) == [Keep(2, 1)]
-
-
-def test_a_model_to_keep_that_never_comes_is_given_up() -> None:
-    made = accepted()
-    made.step(closing(1, model_version=2))
-    made.step(Tick(KEEP_S + 10.0))
-    assert made.state is State.IDLE
-
-
-def test_a_model_that_is_there_already_is_not_kept_again() -> None:
-    made = device(kept_version=5)
-    made.step(ROUND)
-    made.step(go_for(ROUND))
-    made.step(Fetched("task", TASK.digest))
-    assert kinds(made.step(Fetched("model", MODEL.digest))) == [Train]
 
 
 # ── A whole device ──────────────────────────────────────────────────────────────────────
