@@ -1,7 +1,5 @@
-"""A round, seen from the server, transition by transition."""
+"""A run, seen from the server, transition by transition."""
 
-import hashlib
-import math
 from dataclasses import replace
 from typing import get_args
 
@@ -11,22 +9,16 @@ from hypothesis import strategies as st
 
 from broker_bridge.errors import PeerError
 from broker_bridge.wire.messages import (
-    Ack,
-    Announcement,
-    Blob,
     Busy,
     Command,
     Go,
-    Init,
     Join,
     Need,
-    Presence,
     Report,
     RoundSummary,
-    Settings,
     Until,
 )
-from server.coordinator import Coordinator, Phase
+from server.coordinator import Phase
 from server.events import (
     AbandonRound,
     Accept,
@@ -41,20 +33,17 @@ from server.events import (
     EndRun,
     Evaluate,
     Evaluated,
-    Forget,
     Inited,
     Joined,
     LinkDown,
     LinkUp,
     MarkPaused,
-    Opened,
     OpenRound,
     Publish,
     Refuse,
     Refused,
     Reported,
     Respond,
-    Rules,
     Run,
     Seen,
     Send,
@@ -65,132 +54,18 @@ from server.events import (
     Upload,
     Withdraw,
 )
-
-UPDATE_BYTES = 5000
-BODY_BYTES = 1752  # a packet of 2048 bytes, less what stands around the body
-COUNT = 3
-BLOB = Blob(digest=b"b" * 32, total_bytes=5000, body_bytes=1000)
-
-
-WEIGHT_MAX = 100
-
-
-def announcement_of(effect: OpenRound, number: int) -> Opened:
-    """What the ledger makes of `OpenRound`."""
-    announcement = Announcement(
-        federation="demo", round=number, state="open", task=BLOB, task_name="wearables",
-        model=BLOB, model_version=number, settings=Settings(epochs=1, learning_rate=0.1),
-        delta_bound=10.0, weight_max=WEIGHT_MAX, fraction_bits=32, round_key=b"k" * 32,
-        fleet_epoch=1,
-        issued_at=0.0, deadline_s=effect.run.deadline_s, target=effect.target,
-        quorum=effect.quorum, lottery_seed=b"s" * 32, lottery_threshold=2**32,
-    )  # fmt: skip
-    return Opened(announcement, digest_of(number), UPDATE_BYTES)
-
-
-def digest_of(number: int) -> bytes:
-    return hashlib.sha256(bytes([number])).digest()
-
-
-def ids_of(device: str, number: int = 1) -> tuple[bytes, ...]:
-    return tuple(hashlib.sha256(f"{device}{number}{i}".encode()).digest()[:8] for i in range(3))
-
-
-def presence(state: str = "ready", role: str = "train") -> Presence:
-    return Presence(state=state, boot=1, role=role)
-
-
-class Server:
-    """A coordinator and a ledger that never fails: what it is asked to write, it has written."""
-
-    def __init__(self, *, online: int = 2, evaluators: int = 0, **rules) -> None:
-        self.it = Coordinator(federation="demo", rules=Rules(**rules))
-        self.number = self.model = 0
-        self.server_evaluates = False
-        self.effects: list = []
-        self.now_s = 0.0
-        for i in range(online):
-            self.step(Seen(f"d{i}", presence()))
-        for i in range(evaluators):
-            self.step(Seen(f"e{i}", presence(role="evaluate")))
-
-    def step(self, event) -> list:
-        """Take an event and those that follow from it; return every effect."""
-        done, todo = [], [event]
-        while todo:
-            for effect in self.it.step(todo.pop(0)):
-                done.append(effect)
-                todo += self.perform(effect)
-        self.effects += done
-        return done
-
-    def perform(self, effect) -> list:
-        match effect:
-            case StartRun(_, run):
-                return [Started(replace(run, id=1))]
-            case OpenRound():
-                self.number += 1
-                return [announcement_of(effect, self.number)]
-            case CloseRound():
-                self.model += 1
-                return [Closed(self.model, self.server_evaluates)]
-            case BeginUpload(_, init):
-                return [Begun(init.upload, tuple(range(init.layout.count)))]
-            case Accept(_, init):
-                return [Accepted(init.upload)]
-        return []
-
-    def start(self, **command) -> list:
-        return self.step(Commanded(Command(cmd="start", task="wearables", **command)))
-
-    def command(self, cmd: str) -> list:
-        return self.step(Commanded(Command(cmd=cmd)))
-
-    def pass_time(self, seconds: float) -> list:
-        self.now_s += seconds
-        return self.step(Tick(self.now_s))
-
-    def join(self, device: str, **changes) -> list:
-        join = Join(
-            **{
-                "round": self.number, "announcement": digest_of(self.number), "samples": 10,
-                "packet_bytes_max": 2048, "inflight_max": 20,
-            } | changes
-        )  # fmt: skip
-        return self.step(Joined(device, join, ids_of(device, self.number)))
-
-    def init(self, device: str, attempt: int = 0, **changes) -> Init:
-        return Init(
-            **{
-                "round": self.number, "announcement": digest_of(self.number),
-                "upload": ids_of(device, self.number)[attempt], "enc": b"e" * 32,
-                "total_bytes": UPDATE_BYTES, "body_bytes": BODY_BYTES, "tags": b"t" * 32,
-                "examples": 10, "train_s": 1.0, "metrics": {"loss": 2.0},
-            } | changes
-        )  # fmt: skip
-
-    def commit(self, device: str, *, ours: bool = True, **changes) -> list:
-        return self.step(Inited(device, self.init(device, **changes), ours))
-
-    def upload(self, device: str, attempt: int = 0) -> list:
-        """A whole update, from join to receipt."""
-        effects = self.join(device) + self.commit(device, attempt=attempt)
-        return effects + self.step(Chunk(ids_of(device, self.number)[attempt], 0))
-
-
-def messages_to(device: str, effects) -> list:
-    return [e.message for e in effects if isinstance(e, Send) and e.device == device]
-
-
-def of(kind: type, effects) -> list:
-    return [effect for effect in effects if isinstance(effect, kind)]
-
-
-def refused(effects) -> str:
-    (respond,) = of(Respond, effects)
-    assert not respond.reply.ok
-    return respond.reply.error
-
+from tests.server.rounds import (
+    BODY_BYTES,
+    Server,
+    announcement_of,
+    digest_of,
+    ids_of,
+    kinds,
+    messages_to,
+    of,
+    presence,
+    refused,
+)
 
 # ── A run from end to end ───────────────────────────────────────────────────────────────
 
@@ -211,10 +86,6 @@ def test_a_run_goes_from_start_to_its_last_round() -> None:
     effects = server.upload("d1")
     assert of(EndRun, effects)[0].status == "done"
     assert server.it.phase is Phase.IDLE
-
-
-def kinds(effects) -> list[type]:
-    return [type(effect) for effect in effects]
 
 
 def test_what_a_device_hears_in_its_round() -> None:
@@ -315,226 +186,6 @@ def test_status_says_who_is_there_and_how_far_the_round_is() -> None:
     }  # fmt: skip
 
 
-# ── Who is let in ───────────────────────────────────────────────────────────────────────
-
-
-@pytest.mark.parametrize("changes", [{"round": 9}, {"announcement": b"x" * 32}])
-def test_a_join_for_another_round_is_sent_away(changes) -> None:
-    server = Server()
-    server.start()
-    (busy,) = messages_to("d0", server.join("d0", **changes))
-    assert isinstance(busy, Busy)
-    assert busy.retry_after_s < 0
-
-
-def test_a_join_while_no_round_is_open_is_sent_away() -> None:
-    (busy,) = messages_to("d0", Server().join("d0"))
-    assert isinstance(busy, Busy)
-
-
-def test_more_are_let_in_than_are_needed_and_then_the_cohort_is_full() -> None:
-    server = Server(online=20)
-    server.start(target=10)
-    for i in range(13):
-        assert isinstance(messages_to(f"d{i}", server.join(f"d{i}"))[0], Go)
-    (busy,) = messages_to("d13", server.join("d13"))
-    assert busy.reason == "the cohort is full"
-    assert busy.retry_after_s > 0
-
-
-def test_a_lost_devices_place_is_given_away() -> None:
-    server = Server(online=20)
-    server.start(target=10)
-    for i in range(13):
-        server.join(f"d{i}")
-    server.step(Seen("d4", presence("lost")))
-    assert isinstance(messages_to("d13", server.join("d13"))[0], Go)
-    assert isinstance(messages_to("d14", server.join("d14"))[0], Busy)
-
-
-def test_the_place_of_a_lost_device_whose_update_is_here_stays_its_own() -> None:
-    server = Server(online=20)
-    server.start(target=10)
-    for i in range(13):
-        server.join(f"d{i}")
-    server.upload("d4")
-    server.step(Seen("d4", presence("lost")))
-    assert isinstance(messages_to("d13", server.join("d13"))[0], Busy)
-
-
-def test_a_join_that_comes_twice_gets_the_same_place() -> None:
-    server = Server()
-    server.start()
-    first, second = server.join("d0"), server.join("d0")
-    assert messages_to("d0", first) == messages_to("d0", second)
-
-
-def test_a_device_that_joins_again_after_its_commit_gets_a_new_attempt() -> None:
-    server = Server()
-    server.start()
-    server.join("d0")
-    server.commit("d0")
-    effects = server.join("d0")
-    assert of(Forget, effects) == [Forget(ids_of("d0")[0])]
-    assert messages_to("d0", effects)[0].upload == ids_of("d0")[1]
-    with pytest.raises(PeerError):
-        server.commit("d0", attempt=0)
-    assert isinstance(messages_to("d0", server.upload("d0", attempt=1)[-2:])[-1], Ack)
-
-
-def test_attempts_are_limited() -> None:
-    server = Server()
-    server.start()
-    for attempt in range(3):
-        server.join("d0")
-        server.commit("d0", attempt=attempt)
-    (busy,) = messages_to("d0", server.join("d0"))
-    assert busy.reason == "too many attempts"
-    assert busy.retry_after_s < 0
-
-
-def test_a_join_after_the_receipt_gets_the_receipt_again() -> None:
-    server = Server()
-    server.start()
-    (ack,) = messages_to("d0", server.upload("d0"))[-1:]
-    assert messages_to("d0", server.join("d0")) == [ack]
-
-
-@pytest.mark.parametrize(("offered", "given_"), [(0, 61440), (300, 1024), (10**9, 61440)])
-def test_packets_are_as_large_as_both_sides_can(offered: int, given_: int) -> None:
-    server = Server()
-    server.start()
-    (go,) = messages_to("d0", server.join("d0", packet_bytes_max=offered))
-    assert go.packet_bytes == given_
-
-
-# ── Uploads ─────────────────────────────────────────────────────────────────────────────
-
-
-def test_a_commit_that_comes_again_gets_the_present_answer() -> None:
-    server = Server()
-    server.start()
-    server.join("d0")
-    assert kinds(server.commit("d0")) == [BeginUpload, Send]
-    assert kinds(server.commit("d0")) == [BeginUpload, Send]
-    server.step(Chunk(ids_of("d0")[0], 0))
-    (ack,) = messages_to("d0", server.commit("d0"))
-    assert ack.status == "accepted"
-
-
-def test_an_upload_that_nobody_asked_for_is_refused() -> None:
-    server = Server()
-    server.start()
-    with pytest.raises(PeerError) as caught:
-        server.commit("d0", ours=False)
-    assert caught.value.reason == "unasked_upload"
-
-
-def test_a_commit_to_another_devices_upload_is_refused() -> None:
-    server = Server()
-    server.start()
-    server.join("d0")
-    server.join("d1")
-    with pytest.raises(PeerError) as caught:
-        server.step(Inited("d1", server.init("d0"), ours=False))
-    assert caught.value.reason == "unasked_upload"
-
-
-def test_a_changed_commit_is_refused() -> None:
-    server = Server()
-    server.start()
-    server.join("d0")
-    server.commit("d0")
-    with pytest.raises(PeerError) as caught:
-        server.commit("d0", tags=b"u" * 32)
-    assert caught.value.reason == "changed_commit"
-    assert server.it.upload(ids_of("d0")[0]).init == server.init("d0")
-
-
-def test_a_commit_to_a_round_that_is_over_is_late() -> None:
-    server = Server()
-    server.start()
-    (ack,) = messages_to("d0", server.commit("d0", round=9))
-    assert ack.status == "late"
-
-
-@pytest.mark.parametrize(
-    ("changes", "reason"),
-    [
-        ({"examples": 0}, "no_examples"),
-        ({"examples": 101}, "absurd_examples"),
-        ({"examples": 2**53}, "absurd_examples"),
-        ({"total_bytes": UPDATE_BYTES - 1}, "wrong_size"),
-        ({"total_bytes": 2**30}, "wrong_size"),
-        ({"body_bytes": BODY_BYTES - 1}, "wrong_size"),
-        ({"body_bytes": 5000}, "wrong_size"),
-    ],
-)
-def test_a_commit_that_promises_nonsense_is_rejected(changes, reason: str) -> None:
-    server = Server()
-    server.start()
-    server.join("d0")
-    effects = server.commit("d0", **changes)
-    assert kinds(effects) == [Refuse, Send]
-    assert messages_to("d0", effects)[0].status == "rejected"
-    assert server.it.rejects == {reason: 1}
-    assert server.it.status()["round"]["accepted"] == 0
-
-
-def test_an_update_that_was_rejected_stays_rejected() -> None:
-    server = Server()
-    server.start()
-    server.join("d0")
-    server.commit("d0", examples=0)
-    for effects in (server.commit("d0"), server.join("d0")):
-        assert messages_to("d0", effects)[0].status == "rejected"
-
-
-def test_an_update_without_sense_is_rejected_when_it_is_opened() -> None:
-    server = Server()
-    server.start()
-    server.join("d0")
-    server.commit("d0")
-    server.it.step(Chunk(ids_of("d0")[0], 0))
-    effects = server.step(Refused(ids_of("d0")[0], "rejected", "not_finite: it holds NaN"))
-    assert kinds(effects) == [Refuse, Send]
-    assert messages_to("d0", effects)[0].reason == "it holds NaN"
-    assert server.it.rejects == {"not_finite": 1}
-
-
-@pytest.mark.parametrize("status", ["busy", "resend"])
-def test_an_update_that_the_disk_did_not_take_may_come_again(status: str) -> None:
-    server = Server()
-    server.start()
-    server.join("d0")
-    server.commit("d0")
-    server.it.step(Chunk(ids_of("d0")[0], 0))
-    (ack,) = messages_to("d0", server.step(Refused(ids_of("d0")[0], status, "x" * 9000)))
-    assert (ack.status, ack.retry_after_s) == (status, 5.0)
-    assert len(ack.reason) <= 500, "longer ones do not decode"
-    assert kinds(server.commit("d0")) == [BeginUpload, Send]
-
-
-def test_a_round_at_its_target_closes_when_the_last_one_between_disk_and_sum_is_refused() -> None:
-    server = Server(online=3)
-    server.start(target=1)
-    for device in ("d0", "d1"):
-        server.join(device)
-        server.commit(device)
-        server.it.step(Chunk(ids_of(device)[0], 0))
-    assert kinds(server.step(Accepted(ids_of("d0")[0]))) == [Send]
-    assert CloseRound in kinds(server.step(Refused(ids_of("d1")[0], "rejected", "x: y")))
-
-
-def test_an_update_is_counted_once_however_often_its_parts_come() -> None:
-    server = Server(online=3)
-    server.start()
-    server.upload("d0")
-    for event in (Chunk(ids_of("d0")[0], 0), Accepted(ids_of("d0")[0]), Begun(ids_of("d0")[0], ())):
-        assert server.step(event) == []
-    assert server.it.status()["round"]["accepted"] == 1
-
-
 # ── The end of a round ──────────────────────────────────────────────────────────────────
 
 
@@ -596,115 +247,8 @@ def test_a_round_that_succeeds_forgives_those_abandoned_before() -> None:
     assert server.it.run is not None
 
 
-# ── Is it good enough? ──────────────────────────────────────────────────────────────────
-
-
-def one_round(server: Server) -> list:
-    return server.upload("d0") + server.upload("d1")
-
-
-def test_the_server_measures_and_the_run_ends_at_the_target() -> None:
-    server = Server()
-    server.server_evaluates = True
-    server.start(rounds=9, until=Until(accuracy=0.8))
-    assert kinds(one_round(server))[-1] is Evaluate
-    assert OpenRound in kinds(server.step(Evaluated(1, 50, {"accuracy": 0.79})))
-    one_round(server)
-    effects = server.step(Evaluated(2, 50, {"accuracy": 0.8}))
-    assert of(Publish, effects)[0].summary.evaluated_by == "server"
-    assert "reached the target" in of(EndRun, effects)[0].reason
-
-
-def test_devices_measure_and_each_example_counts_alike() -> None:
-    server = Server(evaluators=2)
-    server.start(rounds=9, until=Until(accuracy=0.5))
-    one_round(server)
-    assert server.it.phase is Phase.EVALUATING
-    report = {"round": 1, "model_version": 1}
-    first = Report(**report, examples=30, metrics={"accuracy": 0.2, "loss": 1.0})
-    assert server.step(Reported("e0", first)) == []
-    second = Report(**report, examples=10, metrics={"accuracy": 0.6, "extra": 1.0})
-    (published, _) = server.step(Reported("e1", second))
-    assert published.summary.evaluation == {"accuracy": pytest.approx(0.3)}
-    assert (published.summary.evaluation_examples, published.summary.evaluated_by) == (
-        40, "devices",
-    )  # fmt: skip
-
-
-def test_a_report_on_another_model_is_not_counted() -> None:
-    server = Server(evaluators=1)
-    server.start(rounds=9)
-    one_round(server)
-    old = Report(round=1, model_version=0, examples=30, metrics={"accuracy": 1.0})
-    assert server.step(Reported("e0", old)) == []
-    assert server.it.phase is Phase.EVALUATING
-
-
-def test_a_device_that_trains_does_not_judge_its_own_model() -> None:
-    server = Server(evaluators=1)
-    server.start(rounds=9, until=Until(accuracy=0.9))
-    one_round(server)
-    report = Report(round=1, model_version=1, examples=30, metrics={"accuracy": 1.0})
-    with pytest.raises(PeerError) as refused:
-        server.step(Reported("d0", report))
-    assert refused.value.reason == "not_evaluating"
-    assert server.it.phase is Phase.EVALUATING
-
-
-def test_no_report_counts_for_more_examples_than_an_update_may() -> None:
-    server = Server(evaluators=2)
-    server.start(rounds=9)
-    one_round(server)
-    most = WEIGHT_MAX
-    report = Report(round=1, model_version=1, examples=10**9, metrics={"accuracy": 1.0})
-    server.step(Reported("e0", report))
-    honest = Report(round=1, model_version=1, examples=most, metrics={"accuracy": 0.0})
-    effects = server.step(Reported("e1", honest))
-    assert of(Publish, effects)[0].summary.evaluation == {"accuracy": pytest.approx(0.5)}
-
-
-def test_devices_that_do_not_report_are_waited_for_so_long_and_no_longer() -> None:
-    server = Server(evaluators=2, evaluation_wait_s=20.0)
-    server.start(rounds=9)
-    one_round(server)
-    report = Report(round=1, model_version=1, examples=30, metrics={"accuracy": 0.2})
-    server.step(Reported("e0", report))
-    assert server.pass_time(19) == []
-    effects = server.pass_time(2)
-    assert of(Publish, effects)[0].summary.evaluation == {"accuracy": pytest.approx(0.2)}
-    assert OpenRound in kinds(effects)
-
-
-def test_a_model_that_nobody_measured_is_not_good_enough() -> None:
-    server = Server(evaluators=1, evaluation_wait_s=20.0)
-    server.start(rounds=2, until=Until(accuracy=0.1, loss=9.0))
-    one_round(server)
-    assert OpenRound in kinds(server.pass_time(21))
-
-
-@pytest.mark.parametrize("until", [Until(accuracy=0.1), Until(loss=9.0)])
-def test_what_is_not_a_number_is_not_good_enough(until: Until) -> None:
-    server = Server()
-    server.server_evaluates = True
-    server.start(rounds=9, until=until)
-    one_round(server)
-    assert OpenRound in kinds(
-        server.step(Evaluated(1, 5, {"accuracy": math.nan, "loss": math.nan}))
-    )
-
-
-def test_reports_of_absurd_size_stay_numbers() -> None:
-    server = Server(evaluators=2)
-    server.start(rounds=9)
-    one_round(server)
-    effects = []
-    for device, loss in (("e0", 1e300), ("e1", -1e300)):
-        said = Report(round=1, model_version=1, examples=10**9, metrics={"loss": loss})
-        effects += server.step(Reported(device, said))
-    assert math.isfinite(of(Publish, effects)[0].summary.evaluation["loss"])
-
-
 # ── After a crash ───────────────────────────────────────────────────────────────────────
+
 
 RUN = Run(id=7, task="wearables", rounds=3, target=2, quorum=1, deadline_s=60.0)
 
@@ -883,6 +427,7 @@ def test_without_a_round_a_device_is_only_forgotten(revoked: bool) -> None:
 
 
 # ── Any event in any state ──────────────────────────────────────────────────────────────
+
 
 devices = st.sampled_from(["d0", "d1", "d2"])
 rounds_ = st.integers(0, 3)
