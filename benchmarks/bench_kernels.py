@@ -50,45 +50,19 @@ def main() -> None:
     table(head, rows)
 
 
+# What it is called, its two inputs, our kernel as it was before and as it is, another way to
+# compute the same, what TensorFlow has for it, and the product of matrices that it amounts to.
+_Operation = tuple[str, tuple[Any, Any], Any, Function, Any, Function, Any]
+
+
 def _rows(
     name: str, batch: int, size: int, channels: int, filters: int, kernel: int, stride: int,
     repeat: int,
 ) -> list[list[str]]:  # fmt: skip
     out = -(-size // stride)
-    before = max((out - 1) * stride + kernel - size, 0) // 2
-    axes = (Axis(size, out, kernel, stride, 1, before),) * 2
-    x, g = (batch, size, size, channels), (batch, out, out, filters)
-    w = (kernel, kernel, channels, filters)
-    reads, taps = batch * out * out, kernel * kernel * channels
-    flop = 2 * reads * taps * filters
-
-    def forward(x: Any, w: Any) -> Any:
-        return tf.nn.conv2d(x, w, stride, "SAME")
-
-    def input_now(w: Any, g: Any) -> Any:
-        return convolution._input_gradient(w, g, axes, "SAME")
-
-    def filter_now(x: Any, g: Any) -> Any:
-        return convolution._filter_gradient(x, g, axes)
-
-    def input_keras(w: Any, g: Any) -> Any:
-        return tf.nn.conv2d_transpose(g, w, x, stride, "SAME")
-
-    def filter_keras(inputs: Any, g: Any) -> Any:
-        return tf.raw_ops.Conv2DBackpropFilter(
-            input=inputs, filter_sizes=w, out_backprop=g, strides=[1, stride, stride, 1],
-            padding="SAME",
-        )  # fmt: skip
-
-    operations: list[tuple[str, tuple[Any, Any], Any, Function, Any, Function, Any]] = [
-        ("forward", (x, w), None, forward, _as_rows(axes), forward,
-         ((reads, taps), (taps, filters))),
-        ("filter gradient", (x, g), _filter_before(axes), filter_now, None, filter_keras,
-         ((taps, reads), (reads, filters))),
-        ("input gradient", (w, g), _input_before(axes), input_now, None, input_keras,
-         ((reads, filters), (filters, taps))),
-    ]  # fmt: skip
+    flop = 2 * batch * out * out * kernel * kernel * channels * filters
     found = []
+    operations = _operations(batch, size, channels, filters, kernel, stride)
     for operation, shapes, first, now, other, ours, product in operations:
         _same(first or now, now, shapes)
         _same(other or now, now, shapes)
@@ -109,6 +83,45 @@ def _rows(
         )
         name = ""
     return found
+
+
+def _operations(
+    batch: int, size: int, channels: int, filters: int, kernel: int, stride: int
+) -> list[_Operation]:
+    """The three of a convolution with padding: forward, and its two gradients."""
+    out = -(-size // stride)
+    before = max((out - 1) * stride + kernel - size, 0) // 2
+    axes = (Axis(size, out, kernel, stride, 1, before),) * 2
+    x, g = (batch, size, size, channels), (batch, out, out, filters)
+    w = (kernel, kernel, channels, filters)
+    reads, taps = batch * out * out, kernel * kernel * channels
+
+    def forward(x: Any, w: Any) -> Any:
+        return tf.nn.conv2d(x, w, stride, "SAME")
+
+    def input_now(w: Any, g: Any) -> Any:
+        return convolution._input_gradient(w, g, axes, "SAME")
+
+    def filter_now(x: Any, g: Any) -> Any:
+        return convolution._filter_gradient(x, g, axes)
+
+    def input_keras(w: Any, g: Any) -> Any:
+        return tf.nn.conv2d_transpose(g, w, x, stride, "SAME")
+
+    def filter_keras(inputs: Any, g: Any) -> Any:
+        return tf.raw_ops.Conv2DBackpropFilter(
+            input=inputs, filter_sizes=w, out_backprop=g, strides=[1, stride, stride, 1],
+            padding="SAME",
+        )  # fmt: skip
+
+    return [
+        ("forward", (x, w), None, forward, _as_rows(axes), forward,
+         ((reads, taps), (taps, filters))),
+        ("filter gradient", (x, g), _filter_before(axes), filter_now, None, filter_keras,
+         ((taps, reads), (reads, filters))),
+        ("input gradient", (w, g), _input_before(axes), input_now, None, input_keras,
+         ((reads, filters), (filters, taps))),
+    ]  # fmt: skip
 
 
 def _filter_before(axes: tuple[Axis, Axis]) -> Function:

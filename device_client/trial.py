@@ -16,6 +16,7 @@ from broker_bridge.disk import disk_errors
 from broker_bridge.errors import LocalError, PeerError
 from broker_bridge.task.runtime import Evaluation
 from broker_bridge.task.taskfile import Plan, Training, decode_task
+from broker_bridge.wire.weights import Tensors
 from device_client.sandbox.trainer import Sandbox, SandboxSettings
 from device_client.trainer import Progress
 
@@ -55,12 +56,7 @@ def run_trial(
     on_step: Callable[[Progress], None] = lambda _: None,
 ) -> Trial:
     """Train the task file at `path` on `data`, measure it on `test`. Raises LocalError."""
-    with disk_errors(path):
-        content = path.read_bytes()
-    try:
-        plan, weights = decode_task(content)
-    except PeerError as error:
-        raise LocalError(f"{path}: {error}") from None
+    plan, weights = _task_in(path)
     task = plan.task
     settings = Training(
         epochs=epochs or task.defaults.epochs,
@@ -95,6 +91,15 @@ def run_trial(
         test={} if measured is None else {"loss": measured.loss} | measured.metrics,
         test_samples=0 if measured is None else measured.examples,
     )
+
+
+def _task_in(path: Path) -> tuple[Plan, Tensors]:
+    with disk_errors(path):
+        content = path.read_bytes()
+    try:
+        return decode_task(content)
+    except PeerError as error:
+        raise LocalError(f"{path}: {error}") from None
 
 
 def _measured(plan: Plan, weights: Mapping[str, Any], test: str, threads: int) -> Evaluation:

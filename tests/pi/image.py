@@ -102,7 +102,23 @@ def _make(release: Release, source: Path, kernel: Path, work: Path, image: Path)
 
 def _set_up(release: Release, root: Path) -> None:
     """Do what the packages' own scripts would have done."""
-    etc, units = root / "etc", root / "etc/systemd/system"
+    _fill_places(root)
+    _name_and_mount(root / "etc")
+    # Raspberry Pi OS calls it eth0 too.
+    network = root / "etc/systemd/network"
+    network.mkdir(parents=True, exist_ok=True)
+    (network / "99-default.link").symlink_to("/dev/null")
+    if not release.cloud_init:
+        (network / "10-eth0.network").write_text("[Match]\nName=eth0\n[Network]\nDHCP=ipv4\n")
+    _install(root, "imager_custom", "usr/lib/raspberrypi-sys-mods/imager_custom", 0o755)
+    _install(root, "report-memory.sh", "usr/local/lib/report-memory.sh", 0o755)
+    _install(root, "report-memory.service", "etc/systemd/system/report-memory.service", 0o644)
+    _enable_units(release, root)
+
+
+def _fill_places(root: Path) -> None:
+    """Folders, users, links and certificates that other packages count on."""
+    etc = root / "etc"
     for name in ("boot/firmware", "var/log/journal", "var/lib/dbus", "root", "mnt"):
         (root / name).mkdir(parents=True, exist_ok=True)
     for name in ("passwd", "group"):
@@ -123,6 +139,10 @@ def _set_up(release: Release, root: Path) -> None:
         if place.is_dir() and not place.is_symlink():
             place.rmdir()
             place.symlink_to(target)
+
+
+def _name_and_mount(etc: Path) -> None:
+    """Who the machine is, and what is mounted where."""
     (etc / "hostname").write_text("raspberrypi\n")
     (etc / "hosts").write_text("127.0.0.1\tlocalhost\n127.0.1.1\traspberrypi\n")
     # A busy machine emulates slowly: udev may take longer than the 90 s that systemd gives it.
@@ -132,17 +152,11 @@ def _set_up(release: Release, root: Path) -> None:
         f"PARTUUID={DISK_ID}-02 / ext4 noatime,{patient} 0 1\n"
     )
     (etc / "machine-id").write_text("7a0d4f0c5b8e4a1f9d3c2b1a00112233\n")
-    # Raspberry Pi OS calls it eth0 too.
-    (etc / "systemd/network").mkdir(parents=True, exist_ok=True)
-    (etc / "systemd/network/99-default.link").symlink_to("/dev/null")
-    if not release.cloud_init:
-        (etc / "systemd/network/10-eth0.network").write_text(
-            "[Match]\nName=eth0\n[Network]\nDHCP=ipv4\n"
-        )
-    _install(root, "imager_custom", "usr/lib/raspberrypi-sys-mods/imager_custom", 0o755)
-    _install(root, "report-memory.sh", "usr/local/lib/report-memory.sh", 0o755)
-    _install(root, "report-memory.service", "etc/systemd/system/report-memory.service", 0o644)
-    library = "/usr/lib/systemd/system"
+
+
+def _enable_units(release: Release, root: Path) -> None:
+    """What `systemctl enable` does, for what is to start."""
+    units, library = root / "etc/systemd/system", "/usr/lib/systemd/system"
     wanted = {"multi-user": ["systemd-networkd.service"], "sysinit": ["systemd-timesyncd.service"]}
     if release.cloud_init:
         _install(root, "99-boot.cfg", "etc/cloud/cloud.cfg.d/99-boot.cfg", 0o644)
