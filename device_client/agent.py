@@ -2,7 +2,7 @@
 
 One thread owns the link, the disk and the participant; training runs beside it, on the
 workbench, so that the broker is answered while it goes on.
-What a message says is believed only after its signature was verified, here.
+What a message says is believed only after `hearing.py` has verified its signature.
 """
 
 import logging

@@ -23,14 +23,7 @@ import msgspec
 
 from broker_bridge.errors import PeerError
 from broker_bridge.limits import LIMITS
-from broker_bridge.wire.messages import (
-    Ack,
-    Announcement,
-    Busy,
-    Command,
-    Report,
-    RoundSummary,
-)
+from broker_bridge.wire.messages import Ack, Announcement, Busy, Command, Report, RoundSummary
 from server.attendance import Attendance
 from server.events import (
     AbandonRound,

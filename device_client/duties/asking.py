@@ -27,7 +27,7 @@ class Asking:
         return self.here.now_s >= self._at_s
 
     @property
-    def is_vain(self) -> bool:
+    def in_vain(self) -> bool:
         """Whether it was asked as often as it may be."""
         return self._tries >= TRIES_MAX
 

@@ -52,11 +52,10 @@ class Duty(ABC):
 
     def _begin_fetching(self) -> list[Effect]:
         self.state = State.FETCHING
-        self._fetching = Fetching(self._here, self.announcement, self._asking)
         return self._fetching.begin()
 
     def _fetch_on(self, event: Event) -> list[Effect]:
         effects = self._fetching.step(event)
-        if self._fetching.is_vain:
+        if self._fetching.in_vain:
             return self._sit_out("the server did not answer")
         return effects + self._act() if self._fetching.is_complete else effects

@@ -15,13 +15,14 @@ class Fetching:
 
     def __init__(self, here: Standing, announcement: Announcement, asking: Asking) -> None:
         self.is_complete = False
-        self.is_vain = False  # nobody sends it, however often we ask
+        self.in_vain = False  # nobody sends it, however often we ask
         self._here = here
         self._announcement = announcement
         self._asking = asking
 
     def begin(self) -> list[ev.Effect]:
         """Fetch the next thing that is missing."""
+        self.is_complete = False
         self._asking.heard()
         return [ev.Fetch(*self._wanted)]
 
@@ -38,8 +39,8 @@ class Fetching:
         return []
 
     def _ask(self) -> list[ev.Effect]:
-        if self._asking.is_vain:
-            self.is_vain = True
+        if self._asking.in_vain:
+            self.in_vain = True
             return []
         self._asking.asked()
         kind, blob = self._wanted

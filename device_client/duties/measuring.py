@@ -3,15 +3,7 @@
 from broker_bridge.wire.messages import Report
 from device_client.duties.duty import Duty
 from device_client.duties.standing import State
-from device_client.events import (
-    Effect,
-    Eligible,
-    Evaluate,
-    Evaluated,
-    Event,
-    Failed,
-    Send,
-)
+from device_client.events import Effect, Eligible, Evaluate, Evaluated, Event, Failed, Send
 
 __all__ = ["Measuring"]
 
@@ -48,7 +40,5 @@ class Measuring(Duty):
             examples=event.examples,
             metrics=event.metrics,
         )
-        return [
-            Send(self._here.report),
-            *self._here.remember(evaluated_version=event.model_version),
-        ]
+        remembered = self._here.remember(evaluated_version=event.model_version)
+        return [Send(self._here.report), *remembered]

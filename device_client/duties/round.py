@@ -116,7 +116,7 @@ class Round(Duty):
         question = self._question()
         if question is None or not self._here.is_connected:
             return []  # a broker that is away is no server that is silent: asked at LinkUp
-        if self._asking.is_vain:
+        if self._asking.in_vain:
             return self._sit_out("the server did not answer")
         self._asking.asked()
         return [Send(question)]
