@@ -54,8 +54,16 @@ def fleet_on(fleets, small_disk, settings):
     return fleet
 
 
-def ready(fleet, name):
-    wait_until(lambda: fleet.state_of(name).get("state") == "ready", f"{name} is there")
+def all_ready(fleet, *names):
+    """Wait until the broker has said so: who is frozen then has been heard of."""
+    listener = fleet.listen(TOPICS.all_states)
+    for name in names:
+        listener.wait_for_json(TOPICS.state(name), state="ready")
+
+
+def is_told_to_wait(fleet, device, name):
+    """Whether the server has no room for its update, or, if it saw that first, for its join."""
+    return "busy" in device.said or "no room" in fleet.state_of(name).get("detail", "")
 
 
 def test_a_server_that_runs_out_of_room_keeps_receipts_and_goes_on_when_there_is_some(
@@ -63,14 +71,13 @@ def test_a_server_that_runs_out_of_room_keeps_receipts_and_goes_on_when_there_is
 ):
     fleet = fleet_on(fleets, small_disk, "[limits]\ndisk_free_mb_min = 0\n")
     ann, ben = (fleet.device(name) for name in NAMES)
-    for name in NAMES:
-        ready(fleet, name)
+    all_ready(fleet, *NAMES)
     ben.freeze()
     fleet.start_run(rounds=1, target=2, quorum=2)
     ann.wait_for("accepted")
     stuff = fill(small_disk, leave_bytes=0)
     ben.thaw()
-    ben.wait_for("busy")
+    wait_until(lambda: is_told_to_wait(fleet, ben, "ben"), "ben is told")
     wait_until(lambda: "full" in fleet.status()["detail"], "the server says so")
     assert fleet.status()["round"]["accepted"] == 1
     assert fleet.server.is_running
@@ -83,7 +90,7 @@ def test_a_server_that_runs_out_of_room_keeps_receipts_and_goes_on_when_there_is
 def test_a_server_lets_nobody_in_while_less_than_its_reserve_is_free(fleets, small_disk):
     fleet = fleet_on(fleets, small_disk, "[limits]\ndisk_free_mb_min = 4\n")
     ann = fleet.device("ann")
-    ready(fleet, "ann")
+    all_ready(fleet, "ann")
     stuff = fill(small_disk, leave_bytes=2_000_000)
     wait_until(lambda: "the disk is full" in fleet.status()["detail"], "the server says so")
     fleet.start_run(rounds=1)
@@ -98,8 +105,7 @@ def test_a_server_lets_nobody_in_while_less_than_its_reserve_is_free(fleets, sma
 def test_a_server_that_was_killed_with_a_full_disk_finishes_its_round_later(fleets, small_disk):
     fleet = fleet_on(fleets, small_disk, "[limits]\ndisk_free_mb_min = 0\n")
     ann, ben = (fleet.device(name) for name in NAMES)
-    for name in NAMES:
-        ready(fleet, name)
+    all_ready(fleet, *NAMES)
     ben.freeze()
     fleet.start_run(rounds=1, target=2, quorum=2)
     ann.wait_for("accepted")
