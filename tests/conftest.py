@@ -1,12 +1,12 @@
 """Fixtures for whole fleets; `tests.fleets` says what they are made of."""
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from tests.fleets import Fleet, World
 
 # A busy machine is no fault of the code: nothing here is asserted about how long it took.
-settings.register_profile("midge", deadline=None)
+settings.register_profile("midge", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("midge")
 
 
