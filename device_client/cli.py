@@ -1,11 +1,13 @@
 """`midge-device`: the command on the device. Enrol once, then run."""
 
 import contextlib
+import fcntl
 import json
 import logging
+import os
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -13,7 +15,7 @@ import click
 
 from broker_bridge.config import assigned, load_config, overridden
 from broker_bridge.console import run_command, show_log, stop_on_signals
-from broker_bridge.disk import write_atomic
+from broker_bridge.disk import disk_errors, write_atomic
 from broker_bridge.errors import LocalError
 from broker_bridge.link.base import Link, Message
 from broker_bridge.systemd import Supervisor, unit_file
@@ -143,15 +145,39 @@ def run(
     if not (folder / "device.toml").exists():
         with contextlib.suppress(LocalError):  # it is for reading; a full disk stops nobody
             write_atomic(folder / "device.toml", EXAMPLE.encode())
-    _run(identity, folder, settings, path, stopped.is_set)
+    with _alone(folder):
+        _run(identity, folder, settings, path, stopped.is_set)
 
 
 def _look_for(source: str) -> None:
-    """Find a path that is not there now, not when the first task comes."""
+    """Find what cannot be right now, not when the first task comes."""
     kind, _, rest = source.partition(":")
+    if not rest:
+        raise LocalError(
+            f"the data source {source!r} is not understood: write npz:FILE, csv:FOLDER, "
+            "store:FILE or module:function"
+        )
     path = rest if kind in ("npz", "csv") else kind
     if (kind in ("npz", "csv") or path.endswith(".py")) and not Path(path).exists():
         raise LocalError(f"the data source {source!r} is not there; correct the path")
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One agent for one device: two take each other's connection, for ever."""
+    with disk_errors(folder):
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise LocalError(
+                f"a midge-device runs in {folder} already; stop that first "
+                "(sudo systemctl stop midge-device), or say another --dir"
+            ) from None
+        yield
+    finally:
+        os.close(fd)
 
 
 def _run(

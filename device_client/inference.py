@@ -75,8 +75,8 @@ def predict(folder: Path, kind: Kind | None, path: Path | None) -> None:
     """
     stopped = stop_on_signals()
     chosen = path or folder / "predict.sock"
-    click.echo(f"answering on {chosen}")
-    serve(folder, chosen, Supervisor().watched(stopped.is_set), kind=kind)
+    turning = Supervisor().watched(stopped.is_set)
+    serve(folder, chosen, turning, kind=kind, ready=lambda: click.echo(f"answering on {chosen}"))
 
 
 def _read(path: Path) -> NDArray[Any]:

@@ -160,15 +160,18 @@ def _answer_questions(line: socket.socket, load: Callable[[], Model]) -> None:
 
 
 def serve(
-    folder: Path, path: Path, stopped: Callable[[], bool], *, kind: Kind | None = None
-) -> None:
+    folder: Path, path: Path, stopped: Callable[[], bool], *, kind: Kind | None = None,
+    ready: Callable[[], None] = lambda: None,
+) -> None:  # fmt: skip
     """Answer callers on the Unix socket `path` until `stopped`; take newer models by itself.
 
-    Raises LocalError when there is no model yet, or `path` is in use.
+    `ready` is called once it listens. Raises LocalError when there is no model yet, or `path` is
+    in use.
     """
     model = LockedModel(folder, kind=kind)
     try:
         with _listening(path) as listener:
+            ready()
             while not stopped():
                 with contextlib.suppress(TimeoutError):
                     caller, _ = listener.accept()

@@ -25,6 +25,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from broker_bridge.disk import disk_errors, owner_only
 from broker_bridge.errors import LocalError
 from broker_bridge.task.samples import Samples, check_samples, standardise
 from broker_bridge.task.taskfile import Task
@@ -71,6 +72,8 @@ class SampleStore:
         self._age_max_s = age_max_s
         self._clock = clock
         self._lock = threading.Lock()
+        with disk_errors(path), open(path, "ab", opener=owner_only):
+            pass  # samples are their owner's alone, and SQLite's files beside it are as this one
         with _sqlite_errors(path):
             self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
             # The journal is synced at checkpoints, not at each commit: what a power cut loses is

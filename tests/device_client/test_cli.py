@@ -81,6 +81,7 @@ def test_the_commands_that_were_promised_are_there():
         (["run", "--dir", "{}/ann"], ["--data", "device.toml"]),
         (["run", "--dir", "{}/ann", "--data", "npz:/no/such.npz"], ["/no/such.npz"]),
         (["run", "--dir", "{}/ann", "--data", "csv:/no/such"], ["/no/such"]),
+        (["run", "--dir", "{}/ann", "--data", "samples"], ["'samples'", "write npz:FILE"]),
         (["run", "--dir", "{}/ann", "--data", "/no/such.py:person?id=3"], ["/no/such.py"]),
         (["run", "--dir", "{}/ann", "--data", "npz:{}/s.npz", "--role", "watch"], ["evaluate"]),
         (["run", "--dir", "{}/ann", "--data", "npz:{}/s.npz", "--log", "loud"], ["info"]),
@@ -259,6 +260,17 @@ def test_a_device_waits_for_its_broker_however_long(alone):
     device.wait_for("start the broker there or correct the port")
     assert device.is_running
     assert device.terminate() == 0
+
+
+def test_a_second_agent_for_one_device_is_refused(alone):
+    first = alone.device("ann")
+    first.wait_for("start the broker there or correct the port")
+    source = alone.samples("ann")
+    done = said("run", "--dir", alone.folder / "ann", "--data", source)
+    is_refusal(done, "runs in", "already", "systemctl stop midge-device")
+    first.kill()  # and nothing is left that keeps the next one out
+    second = alone.device("ann")
+    wait_until(lambda: second.log.count("correct the port") > 1, "it runs")
 
 
 def test_a_device_that_waits_for_enrolment_stops_when_asked(alone, tmp_path):

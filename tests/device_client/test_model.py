@@ -284,6 +284,7 @@ def test_a_second_server_on_one_socket_is_refused_and_a_dead_ones_is_taken_over(
     done = run(*again)
     assert done.returncode == 2
     assert "answers on" in done.stderr
+    assert done.stdout == "", "it says that it answers once it does"
     program.kill()
     assert path.exists()
     second = Program(folder / "second.log", *again)

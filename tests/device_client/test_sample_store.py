@@ -136,6 +136,17 @@ def test_a_reader_sees_one_moment_while_the_sensor_goes_on(path, task):
         assert list(read_store(path, task).labels) == list(y[20:])
 
 
+def test_what_a_sensor_recorded_is_its_owners_alone(path):
+    before = os.umask(0)
+    try:
+        with SampleStore(path, shapes=[SHAPE]) as store:
+            store.append([windows(1)[0][0]], 1)
+            modes = {each.name: each.stat().st_mode & 0o777 for each in path.parent.iterdir()}
+    finally:
+        os.umask(before)
+    assert modes == dict.fromkeys(("samples.db", "samples.db-wal", "samples.db-shm"), 0o600)
+
+
 def test_two_threads_may_append(path):
     x, _ = windows(50)
     with SampleStore(path, shapes=[SHAPE]) as store:
