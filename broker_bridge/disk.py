@@ -2,7 +2,7 @@
 
 `write_atomic` promises that after it returns the bytes are on the disk under that
 name, and that before it returns the name holds what it held, whole. It does not
-lock: a path has one writer. What an interrupted write leaves behind (`NAME.new`) is
+lock (`alone` does): a path has one writer. What an interrupted write leaves behind (`NAME.new`) is
 never read and is replaced by the next write.
 
 Whatever the operating system refuses becomes a LocalError that names the path and
@@ -14,6 +14,7 @@ so that a simulated disk can lose power between any two of them (tests/simulatio
 
 import contextlib
 import errno
+import fcntl
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +28,7 @@ __all__ = [
     "Disk",
     "DiskFullError",
     "RealDisk",
+    "alone",
     "disk_errors",
     "erase",
     "make_folder",
@@ -219,6 +221,21 @@ def owner_only(path: str, flags: int) -> int:
     For logs and locks, which need not survive.
     """
     return os.open(path, flags | os.O_CLOEXEC, 0o600)
+
+
+@contextlib.contextmanager
+def alone(path: Path, *, refusal: str = "") -> Iterator[None]:
+    """Hold the lock file `path`, which one process can at a time.
+
+    Waits until it is free; with a `refusal`, raises LocalError of that instead. The lock ends
+    with the process, however that ends.
+    """
+    with disk_errors(path), open(path, "w", opener=owner_only) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if refusal else 0))
+        except BlockingIOError:
+            raise LocalError(refusal) from None
+        yield
 
 
 def write_all(fd: int, data: bytes, offset: int, *, disk: Disk = REAL_DISK) -> None:

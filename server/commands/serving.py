@@ -1,10 +1,10 @@
 """`midge server`: put the parts of a server together and let it serve."""
 
 import contextlib
-import fcntl
 import shutil
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import msgspec
 
 from broker_bridge.config import assigned, overridden
 from broker_bridge.console import show_log, stop_on_signals
-from broker_bridge.disk import disk_errors, owner_only
+from broker_bridge.disk import alone, disk_errors
 from broker_bridge.errors import LocalError
 from broker_bridge.limits import LIMITS
 from broker_bridge.link.base import Message
@@ -125,15 +125,7 @@ def _shut_out(home: Home) -> Iterator[None]:
     yield
 
 
-@contextlib.contextmanager
-def _locked(home: Home) -> Iterator[None]:
+def _locked(home: Home) -> AbstractContextManager[None]:
     """One server for one fleet: a second one would take the first one's connection."""
-    path = home.state / "server.lock"
-    with disk_errors(path), open(path, "w", opener=owner_only) as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise LocalError(
-                f"a server is running for {home.folder} already; stop it first"
-            ) from None
-        yield
+    refusal = f"a server is running for {home.folder} already; stop it first"
+    return alone(home.state / "server.lock", refusal=refusal)

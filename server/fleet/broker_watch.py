@@ -11,10 +11,10 @@ import contextlib
 import fcntl
 import shlex
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 
-from broker_bridge.disk import disk_errors, owner_only, write_atomic
-from broker_bridge.errors import LocalError
+from broker_bridge.disk import alone, disk_errors, write_atomic
 from broker_bridge.link.broker_config import ACL_FILE, REVOKED_FILE
 from broker_bridge.link.local_broker import LocalBroker
 from server.fleet.expulsion import keep_broker_files
@@ -44,18 +44,10 @@ def say_heard(home: Home, roster: Roster) -> None:
     write_atomic(home.broker / _HEARD, b"%d\n" % roster.epoch, durable=False)
 
 
-@contextlib.contextmanager
-def followed(home: Home) -> Iterator[None]:
+def followed(home: Home) -> AbstractContextManager[None]:
     """While `midge broker` runs: others can see that it does. Raises LocalError if one does."""
-    path = home.broker / _LOCK
-    with disk_errors(path), open(path, "w", opener=owner_only) as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise LocalError(
-                f"`midge broker` is running for {home.folder} already; stop it first"
-            ) from None
-        yield
+    refusal = f"`midge broker` is running for {home.folder} already; stop it first"
+    return alone(home.broker / _LOCK, refusal=refusal)
 
 
 def has_heard(

@@ -8,13 +8,11 @@ next one, by `midge broker`, or by the server at its start. The roster is writte
 of two commands at once, one waits for the other.
 """
 
-import contextlib
-import fcntl
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from datetime import datetime
 from typing import Literal
 
-from broker_bridge.disk import disk_errors, owner_only, write_atomic
+from broker_bridge.disk import alone, disk_errors, write_atomic
 from broker_bridge.errors import LocalError
 from broker_bridge.link.broker_config import ACL_FILE, REVOKED_FILE
 from broker_bridge.link.local_broker import shipped_file
@@ -201,10 +199,6 @@ def write_broker_files(home: Home, roster: Roster) -> bool:
     return not listed or old_acl != text
 
 
-@contextlib.contextmanager
-def locked(home: Home) -> Iterator[None]:
+def locked(home: Home) -> AbstractContextManager[None]:
     """One at a time, over all processes; the others wait."""
-    path = home.folder / "keys" / "roster.lock"
-    with disk_errors(path), open(path, "w", opener=owner_only) as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+    return alone(home.folder / "keys" / "roster.lock")

@@ -15,9 +15,7 @@
 Every secret is in a file that its owner alone can read.
 """
 
-import contextlib
-import fcntl
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from glob import glob
@@ -26,7 +24,7 @@ from pathlib import Path
 import msgspec
 
 from broker_bridge.config import load_config
-from broker_bridge.disk import REAL_DISK, Disk, disk_errors, owner_only, write_atomic
+from broker_bridge.disk import REAL_DISK, Disk, alone, disk_errors, write_atomic
 from broker_bridge.errors import LocalError
 from broker_bridge.link.access import Access
 from broker_bridge.link.broker_config import ACL_FILE, REVOKED_FILE
@@ -79,19 +77,11 @@ class Home:
         self, change: Callable[[ServerKeys], ServerKeys], *, disk: Disk = REAL_DISK
     ) -> ServerKeys:
         """Replace the server's keys by what `change` makes of them, whole or not at all."""
-        with self._alone_with_keys():
+        with alone(self.folder / "keys" / "lock"):  # or two commands lose one another's keys
             new = change(self.keys())
             data = msgspec.json.encode(new)
             write_atomic(self.folder / "keys" / "server.json", data, disk=disk)
         return new
-
-    @contextlib.contextmanager
-    def _alone_with_keys(self) -> Iterator[None]:
-        """Two commands at once must not lose one another's keys."""
-        path = self.folder / "keys" / "lock"
-        with disk_errors(path), open(path, "w", opener=owner_only) as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield
 
     def roster(self) -> Roster:
         """Who was revoked. Raises LocalError."""
