@@ -329,11 +329,16 @@ def _write_pem(
         own = shown.certificate_pem, shown.key_pem
     texts = {"ca.pem": "" if ca == SYSTEM_CA else ca, "device.pem": own[0], "device.key": own[1]}
     for name, text in texts.items():
-        path = folder / name
-        if text and (not path.exists() or path.read_text() != text):
-            write_atomic(path, text.encode())
+        if text and not _holds(folder / name, text.encode()):
+            write_atomic(folder / name, text.encode())
     ca_path, certificate, key = (folder / name if text else None for name, text in texts.items())
     return TlsFiles(ca_path, certificate, key, floor_s)
+
+
+def _holds(path: Path, data: bytes) -> bool:
+    """Whether a file is as it should be; what a dying card made of it is any bytes at all."""
+    with disk_errors(path):
+        return path.exists() and path.read_bytes() == data
 
 
 def _pem(label: str, der: bytes) -> str:

@@ -127,6 +127,23 @@ def test_a_key_of_the_wrong_length_is_damage(tmp_path: Path, key: str) -> None:
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_files_for_tls_are_written_anew_from_the_identity(
+    tmp_path: Path, damage: bytes
+) -> None:
+    identity = msgspec.json.decode(TARGETS["journal"].seeds()[2][1:], type=identities.Identity)
+    files = identities.tls_files(tmp_path, identity)
+    whole = [path.read_bytes() for path in (tmp_path / "tls").iterdir()]
+    for path in (tmp_path / "tls").iterdir():
+        path.write_bytes(damage)
+    assert identities.tls_files(tmp_path, identity) == files
+    assert [path.read_bytes() for path in (tmp_path / "tls").iterdir()] == whole
+    (tmp_path / "tls" / "ca.pem").unlink()
+    (tmp_path / "tls" / "ca.pem").mkdir()
+    with pytest.raises(LocalError, match=r"ca\.pem: this is a folder"):
+        identities.tls_files(tmp_path, identity)
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
 def test_damaged_keys_of_the_server_are_one_sentence(tmp_path: Path, damage: bytes) -> None:
     (tmp_path / "keys").mkdir()
     (tmp_path / "keys" / "server.json").write_bytes(damage)
