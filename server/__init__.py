@@ -1,1 +1,35 @@
-"""What runs the fleet: the command `midge`."""
+"""What runs the fleet: the command `midge`.
+
+The rules, pure:
+
+    events.py        what can happen, and what is to be done
+    coordinator.py   a run, from its start to its last round
+    round.py         an open round: who has a place in it, and what became of it
+    orders.py        what an operator asks for
+    attendance.py    which devices are here
+    cohort.py        whom to invite
+    measuring.py     whether a new model is good enough
+    quotas.py        how much one device may take up
+    aggregation/     from many updates to one model
+
+The loop, and what it works with:
+
+    service.py       receive, step, perform
+    noticeboard.py   what lies on the broker for everyone
+    ledger.py        what a run writes down; intake.py: the updates of a round
+    lineage.py       its task and its models
+    announcer.py     what is announced of a round; recall.py: of those that are over
+    evaluation.py    a model, measured on the server's samples
+    store/           database, models, spool
+
+The command:
+
+    cli.py           `midge`; commands/, one by one
+    config.py        the settings, of midge.toml; doctor.py: what is wrong here
+    operator.py      the operator's side of the control topics
+    screen.py        what a person sees
+    fleet/           certificates, enrolment, the folder that `midge init` makes; cards and bundles
+    tasks/           from a Keras model to a task; the only place with TensorFlow
+    simulation/      `midge simulate`
+    demo/            `midge demo`
+"""

@@ -1,4 +1,4 @@
-"""A round, seen from the server: the rules, and nothing but the rules.
+"""A run, seen from the server: the rules, and nothing but the rules.
 
 Events go in, effects come out. Time comes in with each event. What arrives from
 devices has already been verified by the service, so a forged message never becomes an
