@@ -10,38 +10,15 @@ import msgspec
 
 from broker_bridge.disk import disk_errors
 from broker_bridge.errors import LocalError
+from broker_bridge.wire import members
+from broker_bridge.wire.members import Member
 from device_client.identity import Identity, Keys
 
-__all__ = ["Member", "Members"]
+__all__ = ["Members"]
 
 
-class Member(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What belongs to one device. `repr` shows no secret."""
-
-    device: str
-    sign_seed: bytes
-    kem_seed: bytes
-    tls_seed: bytes
-    psk: bytes
-    certificate_pem: str
-
-    def __repr__(self) -> str:
-        return f"Member({self.device})"
-
-
-class Members(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The file that `midge simulate` writes: what all have in common, then each."""
-
-    federation: str
-    broker_host: str
-    broker_port: int
-    root_public: bytes
-    server_sign: bytes
-    server_kem: bytes
-    fleet_epoch: int
-    fleet_key: bytes
-    ca_pem: str
-    members: list[Member]
+class Members(members.Members, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The same, as devices need it."""
 
     @classmethod
     def read(cls, path: Path) -> "Members":

@@ -14,44 +14,16 @@ import msgspec
 from broker_bridge.disk import disk_errors, write_atomic
 from broker_bridge.wire.enrolment import server_identity
 from broker_bridge.wire.envelope import KEY_BYTES, KemKey, SignKey, random_bytes
+from broker_bridge.wire.members import Member, Members
 from server.fleet.authority import Authority
 from server.fleet.home import Home
 from server.store.database import Database
 from server.store.rows import Device
 
-__all__ = ["Member", "Members", "enrol_members"]
+__all__ = ["enrol_members"]
 
 _MEMBERS_FILE = "members.msgpack"
 _SOFTWARE = "simulated"
-
-
-class Member(msgspec.Struct, frozen=True, kw_only=True):
-    """The secrets of one simulated device. `repr` shows none."""
-
-    device: str
-    sign_seed: bytes
-    kem_seed: bytes
-    tls_seed: bytes
-    psk: bytes
-    certificate_pem: str
-
-    def __repr__(self) -> str:
-        return f"Member({self.device})"
-
-
-class Members(msgspec.Struct, frozen=True, kw_only=True):
-    """What `device_client.simulation` reads."""
-
-    federation: str
-    broker_host: str
-    broker_port: int
-    root_public: bytes
-    server_sign: bytes
-    server_kem: bytes
-    fleet_epoch: int
-    fleet_key: bytes
-    ca_pem: str
-    members: list[Member]
 
 
 def enrol_members(home: Home, count: int) -> Path:
