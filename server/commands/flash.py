@@ -23,7 +23,7 @@ from server.fleet.flash import flashing
 from server.fleet.flash.card import Card, ImageCard, copy_image, look_into, open_card
 from server.fleet.flash.firstboot import Login, Wifi, login, wifi
 from server.fleet.flash.flashing import Settings
-from server.fleet.flash.labels import Written, as_csv, as_labels
+from server.fleet.flash.labels import Written, as_csv, as_labels, from_csv
 from server.fleet.home import Home
 from server.store.database import Database
 
@@ -225,9 +225,14 @@ def _list(out: Path, written: list[Written], what: What, count: int | None) -> N
     if count is None:
         return
     federation = what.home.keys().federation
-    write_atomic(out / "cards.csv", as_csv(written).encode(), mode=0o644)
+    path = out / "cards.csv"
+    with disk_errors(path):
+        former = from_csv(path.read_text(errors="replace")) if path.exists() else []
+    names = {card.device for card in written}  # and what earlier calls wrote stays in the list
+    listed = [*(card for card in former if card.device not in names), *written]
+    write_atomic(path, as_csv(listed).encode(), mode=0o644)
     write_atomic(out / "labels.html", as_labels(written, federation).encode(), mode=0o644)
-    click.echo(f"  list       {out / 'cards.csv'}, {out / 'labels.html'}", err=True)
+    click.echo(f"  list       {path}, {out / 'labels.html'}", err=True)
 
 
 def _say_next(written: list[Written], boot: Path | None) -> None:

@@ -115,6 +115,15 @@ def test_a_fleet_of_images_has_a_list_and_labels(alone, tmp_path):
     again = flash(alone, "--count", 2, "--name", "ward-{:02}", "--image", image, "--out", out,
                   *BROKER)  # fmt: skip
     is_refusal(again, "there already", "--out")
+    # Another ward: the list has both, with what a person wrote into it.
+    text = (out / "cards.csv").read_text().replace(f"{listed[0]['token_expires']},", "soon,a1b2", 1)
+    (out / "cards.csv").write_text(text)
+    more = flash(alone, "--count", 1, "--name", "lab-{}", "--image", image, "--out", out, *BROKER,
+                 "--no-wait")  # fmt: skip
+    assert more.returncode == 0, more.stderr
+    listed = list(csv.DictReader((out / "cards.csv").open()))
+    assert [row["device"] for row in listed] == ["ward-01", "ward-02", "lab-1"]
+    assert listed[0]["fingerprint"] == "a1b2"
 
 
 def test_it_waits_until_the_device_has_enrolled(alone, bootfs, tmp_path):

@@ -10,7 +10,9 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["Written", "as_csv", "as_labels"]
+__all__ = ["Written", "as_csv", "as_labels", "from_csv"]
+
+_COLUMNS = ("device", "image", "token_expires", "fingerprint")
 
 
 @dataclass(frozen=True)
@@ -20,15 +22,22 @@ class Written:
     device: str
     image: str
     token_expires: str
+    fingerprint: str = ""  # filled in by a person
 
 
 def as_csv(cards: Sequence[Written]) -> str:
-    """A table; `fingerprint` is empty, to be filled in."""
+    """A table; `fingerprint` is empty at first, to be filled in."""
     out = io.StringIO()
     rows = csv.writer(out, lineterminator="\n")
-    rows.writerow(["device", "image", "token_expires", "fingerprint"])
-    rows.writerows([card.device, card.image, card.token_expires, ""] for card in cards)
+    rows.writerow(_COLUMNS)
+    rows.writerows([getattr(card, name) for name in _COLUMNS] for card in cards)
     return out.getvalue()
+
+
+def from_csv(text: str) -> list[Written]:
+    """What `as_csv` wrote, and a person may have filled in."""
+    rows = csv.DictReader(io.StringIO(text))
+    return [Written(**{name: row.get(name) or "" for name in _COLUMNS}) for row in rows]
 
 
 def as_labels(cards: Sequence[Written], federation: str) -> str:
