@@ -27,6 +27,7 @@ from server.events import Accept, Accepted, Opened, OpenRound, Refused, Run, Upl
 from server.fleet.home import Home, ServerKeys
 from server.intake import Intake
 from server.lineage import Lineage, LoadedTask, TaskFiles, Weights
+from server.old_copy import settle_old_copy
 from server.recall import Recalled, recall
 from server.store import rows
 from server.store.database import Database
@@ -356,6 +357,7 @@ class Ledger:
 
     def restore(self) -> Restored | None:
         """Find the run that was open when the server died, and its open round."""
+        settle_old_copy(self.db, self._models, self.keys.federation, now_s=self._clock())
         with self.db.reading() as tx:
             run, this = tx.current_run(), tx.current_round()
             model = None if run is None else tx.latest_model(run.task_digest)

@@ -26,11 +26,10 @@ import msgspec
 from broker_bridge.disk import REAL_DISK, disk_errors, make_folder, sync_folder, write_atomic
 from broker_bridge.errors import LocalError
 from broker_bridge.wire.envelope import random_bytes
-from broker_bridge.wire.messages import RoundSummary
 from server.fleet.home import Home
 from server.fleet.sealed_file import Cost, Reader, Writer
+from server.old_copy import abandon_open, floor_above
 from server.store.database import Database
-from server.store.transaction import Transaction
 
 __all__ = ["Contents", "Restored", "back_up", "left_out", "restore"]
 
@@ -48,8 +47,6 @@ _FOLDERS = (
 _DATABASE = "state/midge.db"
 _SETTINGS = "midge.toml"
 _CONTENTS = "backup.json"
-# At least so far above the last number in the backup, whatever the clock says.
-_STEP = 1_000_000
 
 
 class Contents(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -105,7 +102,7 @@ def _copied(home: Home, copy: Path, now: float) -> Contents:
     federation = home.keys().federation
     with contextlib.closing(Database(copy)) as db:
         with db.transaction() as tx:
-            _abandon(tx, federation, now)
+            abandon_open(tx, federation, now_s=now, reason="it was open when the backup was made")
             contents = Contents(
                 federation=federation,
                 made_at=now,
@@ -115,20 +112,6 @@ def _copied(home: Home, copy: Path, now: float) -> Contents:
             )
         db.checkpoint()
     return contents
-
-
-def _abandon(tx: Transaction, federation: str, now: float) -> None:
-    """The key of an open round must not outlive it, and its updates are not in the backup."""
-    this, run = tx.current_round(), tx.current_run()
-    if this is None or run is None:
-        return
-    summary = RoundSummary(
-        federation=federation, run=run.id, round=this.number, state="abandoned",
-        task=run.task_name, model_version=this.model_before, invited=0, joined=0, accepted=0,
-        target=run.target, quorum=run.quorum, reason="it was open when the backup was made",
-    )  # fmt: skip
-    text = msgspec.json.encode(summary).decode()
-    tx.abandon_round(this.number, closed_at=now, summary_json=text)
 
 
 def _found(home: Home, database: Path) -> Iterator[tuple[str, Path]]:
@@ -251,8 +234,7 @@ def _read(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
 
 def _settled(home: Home, contents: Contents, *, now: float, above: int) -> Restored:
     """Put what devices compare above everything that can have been lost."""
-    floor = max(contents.round, contents.model) + _STEP
-    floor = max(floor, int(now * 1000), above)
+    floor = max(above, floor_above(max(contents.round, contents.model), now_s=now))
     home.change_keys(lambda keys: keys.restored(random_bytes, now=now))
     with contextlib.closing(Database(home.database)) as db, db.transaction() as tx:
         tx.set_floor(floor)

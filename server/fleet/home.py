@@ -55,7 +55,20 @@ class Home:
             raise LocalError(
                 f"{folder} holds no fleet; make one with `midge init {folder}`, or say --dir"
             )
-        return cls(folder)
+        home = cls(folder)
+        if home._was_at_work and not home.database.exists():  # an empty one would know nobody
+            raise LocalError(
+                f"{home.database} is gone, and with it every device and model of this fleet; put "
+                "it back, or make the fleet again with `midge restore` in another folder"
+            )
+        return home
+
+    @property
+    def _was_at_work(self) -> bool:
+        """Whether there are traces of what only a fleet with a database leaves."""
+        with disk_errors(self.folder):
+            traces = [*self.folder.glob("bundles/*"), *self.state.glob("models/*")]
+            return bool(traces) or self._roster.exists()
 
     def config(self, path: Path | None = None) -> ServerConfig:
         """The settings. Raises LocalError."""

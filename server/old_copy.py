@@ -1,0 +1,61 @@
+"""A database that knows less than its devices saw: an old copy that was put back.
+
+Rounds and models only grow, on each device too, so a server that counted on from an old copy
+would be ignored, round after round. Whoever puts one back, `midge restore` or a server that
+finds such a copy at its start, numbers above everything that can have been lost (decision 0080).
+
+A copy is seen by the model files beside it: they are written before the database hears of
+them, and one at a time. One that is a single round older is not seen, and costs that round.
+"""
+
+import logging
+
+import msgspec
+
+from broker_bridge.wire.messages import RoundSummary
+from server.store.database import Database
+from server.store.models import ModelFiles
+from server.store.transaction import Transaction
+
+__all__ = ["abandon_open", "floor_above", "settle_old_copy"]
+
+log = logging.getLogger("midge.server")
+
+_STEP = 1_000_000  # at least so far above the last known number, whatever the clock says
+
+
+def floor_above(number: int, *, now_s: float) -> int:
+    """A number that no round or model had, given the highest that is known of."""
+    return max(number + _STEP, int(now_s * 1000))
+
+
+def abandon_open(tx: Transaction, federation: str, *, now_s: float, reason: str) -> None:
+    """End the open round of a copy: its updates are not there, and its key must not outlive it."""
+    this, run = tx.current_round(), tx.current_run()
+    if this is None or run is None:
+        return
+    summary = RoundSummary(
+        federation=federation, run=run.id, round=this.number, state="abandoned",
+        task=run.task_name, model_version=this.model_before, invited=0, joined=0, accepted=0,
+        target=run.target, quorum=run.quorum, reason=reason,
+    )  # fmt: skip
+    text = msgspec.json.encode(summary).decode()
+    tx.abandon_round(this.number, closed_at=now_s, summary_json=text)
+
+
+def settle_old_copy(db: Database, models: ModelFiles, federation: str, *, now_s: float) -> None:
+    """Number on above what devices saw, if the database is older than the models beside it."""
+    newest = max(models.versions(), default=-1)
+    with db.reading() as tx:
+        known = tx.highest_model()
+    if newest <= known + 1:  # a kill may have come between a model's file and its row
+        return
+    log.warning(
+        "%s is an old copy: it knows of no model above %d, and there is model %d. What happened "
+        "since is lost: revoke and add again whom you revoked and added; rounds go on above it",
+        db.where, known, newest,
+    )  # fmt: skip
+    with db.transaction() as tx:
+        abandon_open(tx, federation, now_s=now_s, reason="the database is an old copy")
+        tx.set_floor(floor_above(max(newest, tx.highest_round()), now_s=now_s))
+        tx.void_tokens(now_s)  # one of them may have been used since
