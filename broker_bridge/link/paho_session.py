@@ -26,7 +26,7 @@ import socket
 import ssl
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypedDict
 
 import paho.mqtt.client as mqtt
@@ -49,6 +49,11 @@ _FILTERS_PER_SUBSCRIBE = 8  # what AWS IoT Core takes in one packet
 _UNSENT_DATA_TIMEOUT_MS = 30_000  # TCP gives up on a peer that acknowledges nothing
 _PACKETS_AT_ONCE = 32  # read before the owner gets a turn with the lock
 _GOOD_DEAL_BYTES = 16 * 1024  # more than greetings and a few control messages
+_LOST_SOON_MAX = 3  # then it is said what may be behind it
+_ANOTHER = (
+    "again soon after it was made: is somebody else connected under our name, from a copy of this "
+    "card or folder? Stop one of the two"
+)
 _UNSUPPORTED_VERSION = (0x01, 0x84)  # MQTT 3.1.1 and MQTT 5 spelling
 _MAY_PASS = (0x03, 0x88, 0x89, 0x97, 0x9C, 0x9D, 0x9F)  # unavailable, busy, quota, moved, rate
 
@@ -155,6 +160,7 @@ class PahoSession(QueuedLink):
         self._carried_before = 0
         self._is_old = False  # the broker said that it does not speak MQTT 5
         self._delay_s = settings.backoff_first_s
+        self._lost_soon = 0  # connections in a row that the broker ended soon after it took them
         self._next_publish_s = 0.0  # when `publishes_per_s` lets the next one go
 
     # ── One connection, step by step ────────────────────────────────────────────────────
@@ -256,14 +262,18 @@ class PahoSession(QueuedLink):
             # A broker that was just going down may have hung up on MQTT 5, too. Only that
             # tells how large a packet may be, so it is tried first each time.
             self._protocol = "5.0"
-        self._report(failure)
         # A connection that outlived the wait before it, or carried a good deal over a bad line,
         # was a success. One that did not (two clients of one name throwing each other out)
         # must not start again at once.
         carried = self.bytes_sent + self.bytes_received - self._carried_before
         lasted = time.monotonic() - this.began_s > self._delay_s
-        if greeted and (lasted or carried >= _GOOD_DEAL_BYTES):
+        succeeded = greeted and (lasted or carried >= _GOOD_DEAL_BYTES)
+        if succeeded:
             self._delay_s = self._settings.backoff_first_s
+        self._lost_soon = self._lost_soon + 1 if greeted and not succeeded else 0
+        if self._lost_soon >= _LOST_SOON_MAX:
+            failure = replace(failure, reason=f"{failure.reason}, {_ANOTHER}")
+        self._report(failure)
         delay_s = self._delay_s * (0.5 + 0.5 * self._settings.random())
         self._delay_s = min(self._delay_s * 2, self._settings.backoff_max_s)
         return delay_s

@@ -467,6 +467,21 @@ def test_two_clients_of_one_name_cannot_both_stay(plain_broker, links):
     assert second.flush(GIVE_UP_S)
 
 
+def test_whoever_is_thrown_out_again_and_again_is_told_of_another_under_its_name(
+    plain_broker, links
+):
+    broker = plain_broker()
+    with Proxy(broker.port) as proxy:
+        link = links(proxy.port, "twin", backoff_first_s=0.5, backoff_max_s=0.5)
+        reasons = []
+        while not reasons or "somebody else connected under our name" not in reasons[-1]:
+            event_of(link, Connected)
+            proxy.cut()
+            reasons.append(event_of(link, Disconnected).reason)
+            assert len(reasons) < 20
+        assert len(reasons) >= 3
+
+
 # ------------------------------------------------------------------ house rules
 
 
