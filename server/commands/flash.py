@@ -5,6 +5,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,10 @@ from server.commands.options import DIR, JSON
 from server.fleet.additions import names_from
 from server.fleet.authority import check_device_name
 from server.fleet.flash import flashing
-from server.fleet.flash.card import Card, ImageCard, copy_image, look_into, open_card
+from server.fleet.flash.card import Card, ImageCard, open_card
 from server.fleet.flash.firstboot import Login, Wifi, login, wifi
 from server.fleet.flash.flashing import Settings
+from server.fleet.flash.images import copy_image, look_into, unpacked
 from server.fleet.flash.labels import Written, as_csv, as_labels, from_csv
 from server.fleet.home import Home
 from server.store.database import Database
@@ -81,7 +83,8 @@ def flash(
             return
         flashing.check_card(card, replace=replace)  # before anything is copied
     out = out or wanted.home.folder / "cards"
-    written = [job.flash(name, boot, image, out) for name in names]
+    with _ready(image, out, names) as image:
+        written = [job.flash(name, boot, image, out) for name in names]
     _list(out, written, wanted, count)
     if as_json:
         click.echo(json.dumps([card.__dict__ for card in written]))
@@ -143,6 +146,21 @@ def _looked_into(boot: Path | None, image: Path | None) -> contextlib.AbstractCo
     return contextlib.nullcontext(open_card(boot, image))
 
 
+@contextlib.contextmanager
+def _ready(image: Path | None, out: Path, names: list[str]) -> Iterator[Path | None]:
+    """What to copy from, and the folder to copy to. For many cards an image is unpacked once."""
+    if image is None:
+        yield None
+        return
+    with disk_errors(out):
+        out.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if len(names) == 1:
+        yield image
+        return
+    with unpacked(image, out / "unpacked.img.part") as found:
+        yield found
+
+
 @dataclass(frozen=True)
 class _Job:
     """One call of `midge flash`: what is alike on all of its cards."""
@@ -157,8 +175,6 @@ class _Job:
         """Write one card. Raises LocalError; then the card is as it was, or is no more."""
         if image is None:
             return self._write(open_card(boot, image), device)
-        with disk_errors(out):
-            out.mkdir(mode=0o700, parents=True, exist_ok=True)
         # Under another name until it is whole: half a card looks like one.
         copy, part = out / f"{device}.img", out / f"{device}.img.part"
         if copy.exists():

@@ -50,6 +50,7 @@ def test_a_bundle_is_installed_enrols_trains_and_is_upgraded(fleet, tmp_path, ro
     )  # fmt: skip
     done = install(bundle, root)
     assert done.returncode == 0, done.stderr
+    assert f"remove {bundle}, and what it was unpacked from" in done.stdout
     state = root / "var" / "lib" / "midge"
     assert (root / "etc" / "midge" / "device.toml").stat().st_mode & 0o777 == 0o640
     assert (state / "device.bundle").stat().st_mode & 0o777 == 0o600
@@ -72,7 +73,8 @@ def test_a_bundle_is_installed_enrols_trains_and_is_upgraded(fleet, tmp_path, ro
         assert not (upgrade / "device.bundle").exists()
         done = install(upgrade, root)
         assert done.returncode == 0, done.stderr
-        assert "keeps its identity" in done.stdout
+        assert "already, as ward-3: it keeps its identity" in done.stdout
+        assert "secret" not in done.stdout, "there is none in an upgrade"
         assert (state / "identity.json").read_bytes() == was
         assert str(samples) in (root / "etc/midge/device.toml").read_text()
         agent.start(data=False)

@@ -118,12 +118,15 @@ def test_a_fleet_of_images_has_a_list_and_labels(alone, tmp_path):
     # Another ward: the list has both, with what a person wrote into it.
     text = (out / "cards.csv").read_text().replace(f"{listed[0]['token_expires']},", "soon,a1b2", 1)
     (out / "cards.csv").write_text(text)
-    more = flash(alone, "--count", 1, "--name", "lab-{}", "--image", image, "--out", out, *BROKER,
+    packed = image.with_suffix(".img.xz")
+    packed.write_bytes(lzma.compress(image.read_bytes(), preset=0))
+    more = flash(alone, "--count", 2, "--name", "lab-{}", "--image", packed, "--out", out, *BROKER,
                  "--no-wait")  # fmt: skip
     assert more.returncode == 0, more.stderr
     listed = list(csv.DictReader((out / "cards.csv").open()))
-    assert [row["device"] for row in listed] == ["ward-01", "ward-02", "lab-1"]
+    assert [row["device"] for row in listed] == ["ward-01", "ward-02", "lab-1", "lab-2"]
     assert listed[0]["fingerprint"] == "a1b2"
+    assert {path.suffix for path in out.iterdir()} == {".img", ".csv", ".html"}
 
 
 def test_it_waits_until_the_device_has_enrolled(alone, bootfs, tmp_path):

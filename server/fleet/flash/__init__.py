@@ -4,6 +4,7 @@ targets      which systems there are: Python, processor, runtime
 wheelhouse   their wheels, pinned by hash, fetched once and kept
 parcel       everything a device gets, as one folder of files: wheels, installer, unit, bundle
 card         a boot partition: a mounted folder, or a file with the image of a card
+images       images as they are downloaded: packed or not, looked into, copied
 system       which system is on it
 firstboot    what its first boot reads: cloud-init's files, or firstrun.sh
 flashing     writing all that, reading it back, taking it away again

@@ -19,14 +19,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
-from broker_bridge.disk import DiskFullError, disk_errors, owner_only
+from broker_bridge.disk import DiskFullError, disk_errors
 from broker_bridge.errors import LocalError
 
-__all__ = ["Card", "FolderCard", "ImageCard", "copy_image", "look_into", "open_card"]
+__all__ = ["Card", "FolderCard", "ImageCard", "boot_part", "open_card", "this_time"]
 
 _SECTOR = 512
 _FAT_TYPES = frozenset({0x01, 0x04, 0x06, 0x0B, 0x0C, 0x0E})
-_BLOCK = 1 << 20
 
 
 class Card(Protocol):
@@ -99,7 +98,7 @@ class FolderCard:
         """Write files."""
         for name, data in files.items():
             path = self._folder / name
-            with _this_time(path):
+            with this_time(path):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 # Not write_atomic: a FAT file has no mode to set.
                 path.write_bytes(data)
@@ -129,7 +128,7 @@ class ImageCard:
             )
         self.where = str(called or image)
         with disk_errors(image), image.open("rb") as file:
-            offset = _boot_part(file, self.where, whole=whole).start
+            offset = boot_part(file, self.where, whole=whole).start
         self._place = f"{image}@@{offset}"
 
     def names(self, folder: str = "") -> list[str]:
@@ -190,7 +189,7 @@ class ImageCard:
         )  # fmt: skip
 
 
-def _boot_part(file: "BinaryIO | lzma.LZMAFile", where: str, *, whole: bool = True) -> range:
+def boot_part(file: "BinaryIO | lzma.LZMAFile", where: str, *, whole: bool = True) -> range:
     """Where the first partition lies, in bytes: the table of the classic MBR.
 
     `whole`: all partitions must be there. Raises LocalError.
@@ -224,78 +223,10 @@ def _check_room(files: Mapping[str, bytes], room: int, where: str) -> None:
 
 
 @contextlib.contextmanager
-def look_into(image: Path) -> Iterator[ImageCard]:
-    """An image's boot partition, for reading; of a packed image no more than that is unpacked.
-
-    Raises LocalError.
-    """
-    if not _is_packed(image):
-        yield ImageCard(image)
-        return
-    with tempfile.TemporaryDirectory() as temporary:
-        part = Path(temporary, "boot.img")
-        with _unpacking(image), image.open("rb") as raw, lzma.open(raw) as packed:
-            end = _boot_part(packed, str(image), whole=False).stop
-            packed.seek(0)
-            with _this_time(part), part.open("xb") as out:
-                _copy(packed, out, end)
-        yield ImageCard(part, called=image, whole=False)
-
-
-def copy_image(source: Path, target: Path) -> None:
-    """Copy an image, unpacking .xz, and leave out what is zero; the copy is its owner's alone.
-
-    A copy that is not whole does not stay. Raises LocalError.
-    """
-    packed = _is_packed(source)
-    if target.exists():
-        raise LocalError(f"{target} is there already; remove it, or say another --out")
-    try:
-        with (
-            _unpacking(source),
-            disk_errors(source),
-            source.open("rb") as raw,
-            _this_time(target),
-            open(target, "xb", opener=owner_only) as out,
-        ):
-            if packed:
-                with lzma.open(raw) as unpacked:
-                    _copy(unpacked, out)
-            else:
-                _copy(raw, out)
-    except BaseException:
-        target.unlink(missing_ok=True)
-        raise
-
-
-def _is_packed(image: Path) -> bool:
-    with disk_errors(image), image.open("rb") as raw:
-        return raw.read(6) == b"\xfd7zXZ\x00"
-
-
-@contextlib.contextmanager
-def _unpacking(image: Path) -> Iterator[None]:
-    try:
-        yield
-    except (lzma.LZMAError, EOFError):
-        raise LocalError(f"{image} is damaged or cut short; download it again") from None
-
-
-@contextlib.contextmanager
-def _this_time(path: Path) -> Iterator[None]:
+def this_time(path: Path) -> Iterator[None]:
     """As disk_errors; but nothing goes on by itself here when there is room again."""
     try:
         with disk_errors(path):
             yield
     except DiskFullError:
         raise LocalError(f"{path}: there is no more room; make some, and flash it again") from None
-
-
-def _copy(source: "BinaryIO | lzma.LZMAFile", out: BinaryIO, end: int | None = None) -> None:
-    """Copy all of it, or as far as `end`."""
-    while block := source.read(_BLOCK if end is None else min(_BLOCK, end - out.tell())):
-        if block.strip(b"\0"):
-            out.write(block)
-        else:
-            out.seek(len(block), os.SEEK_CUR)  # a hole: an image is mostly empty
-    out.truncate()

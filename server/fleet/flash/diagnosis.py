@@ -5,6 +5,7 @@ look. It reads the card and changes nothing. What a card says is text from a str
 is shortened and made printable.
 """
 
+import re
 from collections.abc import Iterator
 
 from broker_bridge.checkup import Finding
@@ -14,6 +15,7 @@ from server.fleet.flash.system import recognise
 
 __all__ = ["diagnose"]
 
+_ENROLLED = re.compile(r"enrolled already, as ([a-z0-9-]+):")  # as install.sh says it
 _LINES_MAX = 12
 _LINE_CHARS_MAX = 200
 
@@ -35,6 +37,7 @@ def diagnose(card: Card) -> Iterator[Finding]:
         yield from _never_installed(card, found)
         return
     yield from _installation(installed, waiting=card.read(first) is not None)
+    yield from _who(installed, found)
     if installed[-1:] != ["result: installed"]:
         return
     yield from _secrets(card)
@@ -76,6 +79,18 @@ def _installation(lines: list[str], *, waiting: bool) -> Iterator[Finding]:
     else:
         then = "it is tried again at the next boot" if waiting else "write the card again"
         yield Finding("installation", "problem", "it was cut off in the middle", then)
+
+
+def _who(lines: list[str], found: Manifest) -> Iterator[Finding]:
+    """Whether the device was somebody else before, which it then still is."""
+    for line in lines:
+        before = _ENROLLED.search(line)
+        if before is not None and before[1] != found.device:
+            yield Finding(
+                "identity", "problem", f"it was enrolled before, as {before[1]}, and still is",
+                "write the whole image to the card, or remove what is there first: on the device, "
+                "`sudo /opt/midge/uninstall.sh --purge`; then flash it again",
+            )  # fmt: skip
 
 
 def _secrets(card: Card) -> Iterator[Finding]:

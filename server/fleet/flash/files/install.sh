@@ -155,7 +155,8 @@ if [ -e "$etc/device.toml" ]; then
     [ -e "$var/device.toml" ] || as_midge ln -sfn ../../../etc/midge/device.toml "$var/device.toml"
 fi
 if [ -e "$var/identity.json" ]; then
-    say "this device is enrolled already: it keeps its identity and its outbox"
+    who=$(as_midge sed -n 's/.*"device":"\([a-z0-9-]*\)".*/\1/p' "$var/identity.json")
+    say "this device is enrolled already, as ${who:-?}: it keeps its identity and its outbox"
 elif [ -e "$here/device.bundle" ]; then
     give "$here/device.bundle" "$var/device.bundle"
 fi
@@ -186,6 +187,9 @@ else
         systemctl --no-block restart midge-device.service # it may be activating for minutes
         say "installed and started; see: journalctl -u midge-device, sudo midge-device status"
     fi
+fi
+if [ -e "$here/device.bundle" ] && [ ! -e "$here/first-boot.sh" ]; then # a card's is taken off it
+    say "remove $here, and what it was unpacked from: what is secret in it is not needed any more"
 fi
 # Last: the old version was the way back until here.
 for each in "$opt"/releases/*; do

@@ -6,7 +6,8 @@ import struct
 import pytest
 
 from broker_bridge.errors import LocalError
-from server.fleet.flash.card import FolderCard, ImageCard, copy_image, open_card
+from server.fleet.flash.card import FolderCard, ImageCard, open_card
+from server.fleet.flash.images import copy_image
 from tests import cards
 
 FILES = {

@@ -310,6 +310,30 @@ def test_doctor_reads_what_the_device_reported(folder, report, check, words):
         assert problems == {}
 
 
+def test_a_device_that_was_somebody_else_before_is_said(folder, tmp_path, ready_root):
+    """A used card, flashed again for another device: it stays who it was, and nobody enrols."""
+    flash(FolderCard(folder), targets=(cards.target_of_this_machine(),))
+    root = tmp_path / "root"
+    shutil.copytree(ready_root, root, symlinks=True, copy_function=os.link)
+    script = ["sh", str(folder / "midge" / "first-boot.sh"), str(root)]
+    identity = b'{"federation":"demo","device":"ward-1","broker_host":"192.0.2.1"}'
+    cards.make_folder(root / "var/lib/midge", {"identity.json": identity})
+    subprocess.run(script, check=True)
+    found = findings(folder)["identity"]
+    assert found.level == "problem"
+    assert "enrolled before, as ward-1" in found.found
+    assert "--purge" in found.advice
+    assert (root / "var/lib/midge/identity.json").read_bytes() == identity
+
+
+def test_a_device_that_is_installed_again_is_who_it_should_be(folder):
+    flash(FolderCard(folder))
+    said = "this device is enrolled already, as ward-3: it keeps its identity and its outbox"
+    log = f"first boot\nmidge: {said}\nresult: installed\n".encode()
+    cards.make_folder(folder, {"midge/log/install.txt": log})
+    assert "identity" not in findings(folder)
+
+
 def test_doctor_knows_a_card_that_midge_never_wrote(folder):
     assert "nothing" in findings(folder)["midge"].found
 
