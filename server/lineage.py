@@ -109,20 +109,21 @@ class Lineage:
         return self._row(task, max(version, 1), data, number=0, state_digest=None)
 
     def use(self, task: LoadedTask, model: rows.Model) -> None:
-        """Go on from this model. Raises LocalError if it cannot be read."""
-        self.task = task
-        self.data = self._files.read(model.version, model.digest)
-        self.model = weights.decode(self.data)
-        self.version = model.version
-        specs = weights.specs_of(self.model)
+        """Go on from this model. Raises LocalError if it cannot be read; then all is as before."""
+        data = self._files.read(model.version, model.digest)
+        values = weights.decode(data)
         statistics = task.plan.task.weights[task.plan.task.trainable_count :]
-        self._optimiser = _optimiser(self._config, frozenset(spec.name for spec in statistics))
-        self._state = self._optimiser.init(specs)
+        optimiser = _optimiser(self._config, frozenset(spec.name for spec in statistics))
+        state = optimiser.init(weights.specs_of(values))
         if model.optimiser_state_digest is not None:
-            data = self._files.read(model.version, model.optimiser_state_digest, kind="optimiser")
-            state = weights.decode(data)
-            if weights.specs_of(state) == weights.specs_of(self._state):
-                self._state = state
+            kept = weights.decode(
+                self._files.read(model.version, model.optimiser_state_digest, kind="optimiser")
+            )
+            if weights.specs_of(kept) == weights.specs_of(state):
+                state = kept
+        # All of it could be read: only now is it the present one.
+        self.task, self.model, self.data, self.version = task, values, data, model.version
+        self._optimiser, self._state = optimiser, state
 
     def write_next(self, mean: weights.Tensors, *, version: int, number: int) -> Next:
         """Make round `number`'s model and write its files. Raises LocalError."""

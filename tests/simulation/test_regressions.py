@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,14 @@ def disk_error(number: int) -> OSError:
     return OSError(number, os.strerror(number))
 
 
+def and_then(first: Callable[..., None], second: Callable[..., None]) -> Callable[..., None]:
+    def both(*given: object, **options: object) -> None:
+        first(*given, **options)
+        second()
+
+    return both
+
+
 def test_a_run_whose_model_cannot_be_read_does_not_begin() -> None:
     """The run was written down, the operator told that it failed, and every later start crashed."""
     federation = Federation(Weather.calm())
@@ -44,6 +53,22 @@ def test_a_run_whose_model_cannot_be_read_does_not_begin() -> None:
     assert server.mischief.once == []
     assert server.ended == []
     assert any("the disk reported an error" in line for line in federation.oracle.story)
+
+
+def test_a_last_model_that_cannot_be_read_at_a_start_is_not_laid_out() -> None:
+    """The task was taken up without its model, and the server crashed over a model of no bytes."""
+    weather = Weather.calm(devices=2, rounds=1)
+    weather.until_s, weather.events = 120.0, [(100.0, "kill", "server")]
+    federation = Federation(weather)
+
+    def refuse_once_it_is_down() -> None:
+        federation.server.mischief.once.append(("read", "000002.weights", disk_error(errno.EIO)))
+
+    crash = federation.server.crash
+    federation.server.crash = and_then(crash, refuse_once_it_is_down)  # type: ignore[method-assign]
+    assert federation.run().status == "done"
+    assert federation.server.mischief.once == []
+    assert federation.server.ended == ["kill"]
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EROFS])
@@ -59,10 +84,16 @@ def test_no_room_to_remove_what_a_round_left_does_not_close_the_round_again() ->
     """The model was written down, its round forgotten, and then closed a second time: a crash."""
     federation = Federation(Weather.calm())
     server = federation.server
-    server.mischief.once.append(("unlink", "000001.weights|update", disk_error(errno.ENOSPC)))
-    server.mischief.once.append(("read", "^models$", disk_error(errno.ENOSPC)))
+    faults = [("read", "^models$", disk_error(errno.ENOSPC))]
+    faults += [("unlink", "000001.weights|update", disk_error(errno.ENOSPC))]
+
+    def strike_once_it_is_up() -> None:  # it reads the folder when it starts, too
+        while faults:
+            server.mischief.once.append(faults.pop())
+
+    server.step = and_then(server.step, strike_once_it_is_up)  # type: ignore[method-assign]
     assert federation.run().status == "done"
-    assert server.mischief.once == []
+    assert faults == server.mischief.once == []
     assert server.ended == []
 
 
