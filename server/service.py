@@ -469,7 +469,7 @@ class Service:
             case ev.Withdraw(device, reason):
                 self._ledger.withdraw(device, reason)
             case ev.Respond(reply):
-                self._respond(reply)
+                self._respond(self._as_written(reply))
             case ev.StartRun(command, run):
                 return self._start_run(command, run)
             case ev.OpenRound():
@@ -578,6 +578,13 @@ class Service:
             except DiskFullError as error:
                 self._no_room(error)  # answered, and carried out again if it is asked again
         self._board.publish(self._topics.ctl_reply, data)
+
+    def _as_written(self, reply: Reply) -> Reply:
+        """The answer to a command; no yes to what a restart would undo, for want of room."""
+        if not self._postponed or not reply.ok or reply.cmd == "status":
+            return reply
+        undone = f"{self._trouble}. Until then a restart would undo this {reply.cmd}"
+        return Reply(ok=False, cmd=reply.cmd, id=reply.id, error=undone)
 
     def _fit(self, packet_bytes_max: int) -> None:
         self._ledger.announcer.packet_bytes = min(LIMITS.packet_bytes_max, packet_bytes_max)

@@ -314,4 +314,10 @@ class LocalBroker:
     def _last_words(self) -> str:
         lines = self.log_path.read_text(errors="replace").splitlines()
         errors = [line for line in lines[-20:] if "Error" in line]
-        return " ".join(errors[-2:] or lines[-1:] or ["it said nothing."])
+        said = " ".join(errors[-2:] or lines[-1:] or ["it said nothing."])
+        if "restore persistent database" not in said:
+            return said
+        # Nobody's promise lies there: the server lays out again what the broker forgot.
+        return (
+            f"{said} Its memory is damaged: remove {self.folder / 'midge.db'}, and start it again"
+        )

@@ -137,7 +137,9 @@ def _load_identity(context: ssl.SSLContext, certificate: Path, key: Path) -> Non
             problem = f"the key in {key} does not belong to the certificate in {certificate}"
         else:
             problem = f"{certificate} and {key} are not a certificate and its unencrypted PEM key"
-        raise LocalError(f"{problem}; enrol again or copy both files of one bundle") from error
+        raise LocalError(
+            f"{problem}; put both back from a backup, or enrol again where this is a device"
+        ) from error
 
 
 def _check_readable(path: Path, what: str) -> None:

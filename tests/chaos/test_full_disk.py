@@ -118,6 +118,25 @@ def test_a_server_that_was_killed_with_a_full_disk_finishes_its_round_later(flee
     assert ann.log.count("trained") == 1
 
 
+def test_a_stop_that_cannot_be_written_down_is_not_called_done(fleets, small_disk):
+    fleet = fleet_on(fleets, small_disk, "[limits]\ndisk_free_mb_min = 0\n")
+    ann = fleet.device("ann")
+    all_ready(fleet, "ann")
+    ann.freeze()
+    fleet.start_run(rounds=1)
+    fleet.server.wait_for("round 1 is open")
+    stuff = fill(small_disk, leave_bytes=0)
+    refused = fleet.midge("stop")
+    assert refused.returncode == 2
+    assert "the disk is full" in refused.stderr
+    assert "a restart would undo this stop" in refused.stderr
+    stuff.unlink()
+    wait_until(lambda: "full" not in fleet.status()["detail"], "it is written down")
+    fleet.server.kill()
+    fleet.start_server()
+    assert "run" not in fleet.status()
+
+
 def test_a_device_whose_disk_is_full_says_so_and_takes_part_again_later(
     fleets, small_disk, tmp_path
 ):

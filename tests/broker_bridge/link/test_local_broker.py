@@ -129,6 +129,18 @@ def test_what_mosquitto_complains_about_is_passed_on(tmp_path):
         broker.start()
 
 
+def test_a_broker_whose_memory_is_damaged_says_what_to_remove(tls_broker):
+    tls_broker.stop()
+    memory = tls_broker.folder / "midge.db"
+    kept = memory.read_bytes()
+    memory.write_bytes(b"not what mosquitto wrote")
+    with pytest.raises(LocalError, match=r"Its memory is damaged: remove .*midge\.db"):
+        tls_broker.start()
+    memory.write_bytes(kept)
+    tls_broker.start()
+    assert tls_broker.is_running
+
+
 def test_a_broker_listens_on_this_machine_only_unless_told_otherwise(tls_broker):
     config = (tls_broker.folder / "mosquitto.conf").read_text()
     assert f"listener {tls_broker.port} 127.0.0.1" in config
