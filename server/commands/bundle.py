@@ -18,6 +18,7 @@ from server.commands.options import DIR, JSON, host_port
 from server.config import Broker
 from server.fleet import additions
 from server.fleet.enrolment import broker_login
+from server.fleet.flash.card import this_time
 from server.fleet.flash.parcel import cached_tasks, own_files, parcel, settings_text, tarball
 from server.fleet.flash.targets import TARGETS, Target, find_target
 from server.fleet.flash.wheelhouse import cache_folder
@@ -118,18 +119,26 @@ class What:
             for name in names:
                 broker_login(self.home, self._broker(), name)
 
+    def host(self) -> str:
+        """Where the device looks for the broker. Raises LocalError."""
+        if self.made is None:
+            return self._broker().host
+        with disk_errors(self.made):
+            return _decoded(self.made.read_bytes(), self.made).broker_host
+
     def must_be_reachable(self) -> None:
         """Refuse a broker's address that means the device itself. Raises LocalError."""
-        host = self._broker().host
-        if self.made is not None:
-            with disk_errors(self.made):
-                host = _decoded(self.made.read_bytes(), self.made).broker_host
-        if host == "localhost" or host.startswith("127.") or host == "::1":
+        host = self.host()
+        if _is_itself(host):
             raise LocalError(
                 f"on a Pi, {host!r} is the Pi itself; say --broker HOST:PORT with an address of "
                 "this machine on your network, one that `midge init --host` put into the "
                 "broker's certificate"
             )
+
+
+def _is_itself(host: str) -> bool:
+    return host == "localhost" or host.startswith("127.") or host == "::1"
 
 
 def _decoded(data: bytes, path: Path) -> Bundle:
@@ -162,12 +171,20 @@ def bundle(
     now = time.time()
     wanted = What(Home.find(folder), **what)
     found = [find_target(name) for name in targets]
+    if not out.parent.is_dir():
+        raise LocalError(f"there is no folder {out.parent}; make it, or correct the path")
     wanted.parcel(found, None, now)  # whatever cannot be had is found out before a token is made
     replaced = bool(device) and wanted.is_replaced(device or "")
     token, expires = wanted.token(device, now) if device else (None, "")
     name = f"midge-{device or 'upgrade'}"
     data = tarball(wanted.parcel(found, token, now), name)
-    write_atomic(out, data, mode=0o600)
+    with this_time(out):
+        write_atomic(out, data, mode=0o600)
+    if device and _is_itself(wanted.host()):
+        click.echo(
+            f"note: it looks for the broker at {wanted.host()!r}, which is right on this machine "
+            "alone; for another say --broker HOST:PORT", err=True,
+        )  # fmt: skip
     if as_json:
         click.echo(json.dumps({"device": device, "file": str(out), "bytes": len(data),
                                "for": list(targets), "token_expires": expires}))  # fmt: skip

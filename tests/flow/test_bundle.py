@@ -176,6 +176,25 @@ def test_a_bundle_needs_its_wheels_once_and_says_so_off_line(alone, tmp_path):
     assert not alone.home.bundle("ward-3").exists()
 
 
+def test_a_bundle_that_could_not_do_its_work_is_refused_or_said(alone, tmp_path):
+    target = cards.target_of_this_machine()
+    cards.wheels_or_skip(target)
+    options = ("bundle", "--device", "ward-3", "--for", target.name)
+    one, other = tmp_path / "one" / "x.npz", tmp_path / "other" / "x.npz"
+    for path in (one, other):
+        path.parent.mkdir()
+        path.write_bytes(b"samples")
+    twice = ("--with", str(one), "--with", str(other))
+    is_refusal(alone.midge(*options, "-o", str(tmp_path / "b"), *twice), "two files", "x.npz")
+    is_refusal(alone.midge(*options, "-o", str(tmp_path / "none" / "b")), "there is no folder")
+    assert not alone.home.bundle("ward-3").exists(), "no token is made for nothing"
+    done = alone.midge(*options, "-o", str(tmp_path / "b"))
+    assert "'localhost', which is right on this machine alone" in done.stderr
+    again = alone.midge(*options, "-o", str(tmp_path / "b"), "--broker", "192.0.2.10:8883")
+    assert again.stderr == ""
+    assert "made before for ward-3 enrols no more" in again.stdout
+
+
 def test_wheels_with_other_hashes_are_not_used(alone, tmp_path):
     target = cards.target_of_this_machine()
     cards.wheels_or_skip(target)

@@ -229,4 +229,4 @@ def this_time(path: Path) -> Iterator[None]:
         with disk_errors(path):
             yield
     except DiskFullError:
-        raise LocalError(f"{path}: there is no more room; make some, and flash it again") from None
+        raise LocalError(f"{path}: there is no more room; make some, and try again") from None

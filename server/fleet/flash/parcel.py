@@ -104,6 +104,8 @@ def own_files(paths: Sequence[Path]) -> dict[str, bytes]:
     """Files of the operator's own, for the folder data/. Raises LocalError."""
     found = {}
     for path in paths:
+        if f"data/{path.name}" in found:
+            raise LocalError(f"two files are called {path.name}; on the device they would be one")
         with disk_errors(path):
             found[f"data/{path.name}"] = path.read_bytes()
     return found
