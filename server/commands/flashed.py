@@ -63,13 +63,19 @@ def undo(boot: Path | None, image: Path | None, as_json: bool) -> None:
       midge flash undo --boot /media/me/bootfs
     """
     card = _there(boot, image)
+    booted = card.read("midge/log/install.txt") is not None
     found = flashing.undo(card)
     if as_json:
-        click.echo(json.dumps({"device": found.device, "restored": found.kept}))
-        return
-    click.echo(
-        f"{card.where} is as it was before midge; the token for {found.device} is still good"
-    )
+        click.echo(json.dumps({"device": found.device, "restored": found.kept, "booted": booted}))
+    elif booted:
+        click.echo(
+            f"the boot partition is as it was before midge; {found.device} has booted from this "
+            "card, and what it installed is still on it: write the whole image for a fresh start"
+        )
+    else:
+        click.echo(
+            f"{card.where} is as it was before midge; the token for {found.device} is still good"
+        )
 
 
 @click.command("doctor")

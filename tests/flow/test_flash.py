@@ -79,6 +79,18 @@ def test_a_card_is_written_verified_and_undone(alone, bootfs, tmp_path):
     is_refusal(midge("flash", "undo", "--boot", str(bootfs)), "nothing to undo")
 
 
+def test_a_card_that_has_booted_is_not_called_what_it_was(alone, bootfs):
+    done = flash(alone, "--device", "ward-3", "--boot", bootfs, *BROKER, "--no-wait")
+    assert done.returncode == 0, done.stderr
+    cards.make_folder(bootfs, {"midge/log/install.txt": b"first boot\nresult: installed\n"})
+    (bootfs / "midge" / "device.bundle").unlink()
+    assert "has booted from this card" in midge("flash", "verify", "--boot", str(bootfs)).stdout
+    undone = midge("flash", "undo", "--boot", str(bootfs))
+    assert "what it installed is still on it" in undone.stdout
+    assert "still good" not in undone.stdout
+    assert cards.tree_of(bootfs) == cards.TRIXIE
+
+
 def test_a_dry_run_writes_nothing_and_makes_no_token(alone, bootfs):
     done = flash(alone, "--device", "ward-3", "--boot", bootfs, *BROKER, "--dry-run")
     assert done.returncode == 0, done.stderr
