@@ -15,11 +15,13 @@ The rules, pure:
 The loop, and what it works with:
 
     service.py       receive, step, perform
+    members.py       who belongs to the fleet; rejects.py: what was dropped, and why
     noticeboard.py   what lies on the broker for everyone
     ledger.py        what a run writes down; intake.py: the updates of a round
     lineage.py       its task and its models
     announcer.py     what is announced of a round; recall.py: of those that are over
     evaluation.py    a model, measured on the server's samples
+    old_copy.py      whether the database is one that was put back
     store/           database, models, spool
 
 The command:

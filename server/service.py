@@ -8,9 +8,8 @@ on: a message that is wrong is dropped and counted by reason.
 import logging
 import queue
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from collections import deque
+from collections.abc import Callable, Iterable
 
 from broker_bridge.disk import DiskFullError
 from broker_bridge.errors import LocalError, PeerError
@@ -40,8 +39,10 @@ from server.fleet.enrolment import Registrar
 from server.fleet.keys import ServerKeys
 from server.fleet.renewal import Renewals
 from server.ledger import Ledger
+from server.members import Members, check_member
 from server.noticeboard import Noticeboard
 from server.quotas import Quotas
+from server.rejects import Rejects
 from server.store import rows
 
 __all__ = ["Service"]
@@ -51,11 +52,6 @@ log = logging.getLogger("midge.server")
 _BUSY = "the server has no room for updates now"
 _COMMIT_MAX = 256  # updates that share one fsync
 _TAKEN_MAX = 256  # messages before we look at the time again
-_DEVICE_KNOWN_S = 60.0  # until a row is read again; a change of the fleet is seen in a second
-_DEVICES_KNOWN_MAX = 20_000
-_FLEET_S = 1.0  # how often to look whether a command changed who belongs to the fleet
-_REJECTS_KINDS_MAX = 200
-_KEEP_REJECTS_S = 60.0  # how often the counts of dropped messages are written down
 _ROOM_S = 1.0  # how often to look whether the disk has room
 _KEYS_S = 1.0  # how often to look whether a command changed the keys
 _SWEEP_S = 600.0  # how often to look for members that should renew
@@ -100,16 +96,11 @@ class Service:
         self._evaluator: Evaluator | None = None
         self._to_accept: list[ev.Accept] = []
         self._results: queue.SimpleQueue[ev.Event] = queue.SimpleQueue()
-        self._fleet_at_s = clock()
-        self._fleet_changes = -1  # how many of them are known here
-        self._shut_out: Mapping[str, rows.DeviceStatus] = {}
-        self._roster = registrar.home.roster()  # who is out, whatever the database says
+        self._members = Members(ledger.db, registrar.home, clock=clock)
+        self._rejects = Rejects(coordinator.rejects, ledger, clock=clock)
         self._sign = ledger.keys.sign  # made once: it takes as long as a signature
-        self._known: dict[str, tuple[rows.Device, float]] = {}
         self._trouble = ""  # with the disk
         self._look_again_s = 0.0
-        self._rejects_kept: Counter[str] = Counter()
-        self._keep_rejects_s = clock() + _KEEP_REJECTS_S
         self._postponed: list[ev.Effect] = []  # what is to be written down once there is room
 
     # ── the loop ────────────────────────────────────────────────────────────────────────
@@ -119,14 +110,15 @@ class Service:
         self.begin()
         while not stopped():
             self.turn(self._link.receive(timeout_s=0.25))
-        self._keep_rejects()
+        if not self._trouble:
+            self._rejects.keep()
         self._board.show_presence("offline")
 
     def begin(self) -> None:
         """Take up what was open, and listen."""
         self._fit(self._link.limits.packet_bytes_max)
-        with self._ledger.db.reading() as tx:  # before the round is taken up without these
-            self._fleet_changes, self._shut_out = tx.fleet_changes(), tx.shut_out()
+        self._members.begin()
+        self._rejects.restore()
         self._restore()
         self._link.subscribe([self._topics.all_states, *self._asking_for])
 
@@ -139,8 +131,8 @@ class Service:
         self._look_for_room()
         self._look_at_fleet()
         self._look_at_keys()
-        if self._clock() >= self._keep_rejects_s:
-            self._keep_rejects()
+        if not self._trouble:
+            self._rejects.keep_now_and_then()
         if not self._postponed:
             self._handle([ev.Tick(self._clock())])
         with self._link.together():
@@ -176,7 +168,7 @@ class Service:
                 try:
                     self._handle(self._understand(event))
                 except PeerError as error:
-                    self._count(error, event.topic)
+                    self._rejects.count(error, event.topic)
                 except DiskFullError as error:
                     self._no_room(error)  # whoever asked will ask again
                 self._link.ack(event)
@@ -200,29 +192,6 @@ class Service:
                 self._no_room(error)
                 self._postponed.append(effect)
         return happened
-
-    def _count(self, error: PeerError, topic: str) -> None:
-        rejects = self._coordinator.rejects
-        reason = error.reason if len(rejects) < _REJECTS_KINDS_MAX else "other"
-        rejects[reason] += 1
-        # Whoever sends nonsense for hours must not fill the disk with lines about it: each
-        # reason is told the 1st, 2nd, 4th, 8th … time.
-        count = rejects[reason]
-        level = logging.INFO if count & (count - 1) == 0 else logging.DEBUG
-        log.log(level, "dropped a message on %s: %s (%s: %d so far)", topic, error, reason, count)
-
-    def _keep_rejects(self) -> None:
-        """Write down what was dropped since the last time. No promise depends on it."""
-        self._keep_rejects_s = self._clock() + _KEEP_REJECTS_S
-        more = self._coordinator.rejects - self._rejects_kept
-        if not more or self._trouble:
-            return
-        try:
-            self._ledger.count_rejects(more)
-        except LocalError as error:
-            log.warning("what was dropped is not written down: %s", error)
-            return
-        self._rejects_kept = Counter(self._coordinator.rejects)
 
     def _accept(self) -> None:
         """Commit the complete updates that came in together, then say so."""
@@ -263,24 +232,14 @@ class Service:
 
     def _look_at_fleet(self, *, now: bool = False) -> None:
         """Whether a command changed who belongs to it; once a second, or `now`."""
-        if not now and self._clock() < self._fleet_at_s:
+        change = self._members.look(now=now)
+        if change is None:
             return
-        self._fleet_at_s = self._clock() + _FLEET_S
-        with self._ledger.db.reading() as tx:
-            changes = tx.fleet_changes()
-            if changes == self._fleet_changes:
-                return
-            gone = tx.shut_out()
-        self._fleet_changes = changes
-        self._roster = self._registrar.home.roster()
-        self._known.clear()
         self._sweep_at_s = self._clock()  # somebody may be wanted to renew
         self._accept()  # what is complete is in the sum before anything is taken out of it
-        before, self._shut_out = self._shut_out, gone
-        for name, status in gone.items():
-            if before.get(name) != status:
-                self._shut(name, revoked=status != "suspended")
-        if before.keys() - gone.keys():  # what they said while they were out was not heard
+        for name, status in change.shut_out.items():
+            self._shut(name, revoked=status != "suspended")
+        if change.is_anyone_back:  # what they said while they were out was not heard
             self._link.subscribe([self._topics.all_states])
 
     def _shut(self, device: str, *, revoked: bool) -> None:
@@ -351,7 +310,7 @@ class Service:
             case UpTopic(device=device, kind="enrol"):
                 self._look_at_fleet(now=True)  # its name may be that of one who is to go
                 answer = self._registrar.answer(device, message.payload)
-                self._known.pop(device, None)
+                self._members.forget(device)
                 self._board.publish(self._topics.down(device, "cfg"), answer)
                 log.info("enrolment of %s answered", device)
                 return []
@@ -366,7 +325,7 @@ class Service:
         self._accept()  # what is complete is summed under the keys that sealed it
         has_upload = self._ledger.has_upload_of(device)
         answer = self._renewals.answer(device, payload, has_upload=has_upload)
-        self._known.pop(device, None)
+        self._members.forget(device)
         self._board.publish(self._topics.down(device, "cfg"), answer)
         log.debug("renewal of %s answered", device)
 
@@ -379,13 +338,13 @@ class Service:
         return [ev.Chunk(upload, missing)]
 
     def _signed(self, device: str, kind: str, payload: bytes) -> list[ev.Event]:
-        row = self._row(device)
+        row = self._members.row(device)
         scope = f"{self._coordinator.federation}/{device}"
         said = messages.opened(row.sign_public, kind, scope, payload, _UP[kind])
         if row.status != "enrolled" and isinstance(said, Join):  # or it would ask again and again
             reason = f"the device {device!r} is {row.status}"
             self._send(device, Busy(round=said.round, retry_after_s=-1, reason=reason))
-        _check_member(row)
+        check_member(row)
         match said:
             case Join():
                 return [ev.Joined(device, said, self._upload_ids(device))]
@@ -400,34 +359,11 @@ class Service:
     def _upload_ids(self, device: str) -> tuple[bytes, ...]:
         return self._ledger.upload_ids(device) if self._ledger.has_open_round else ()
 
-    def _device(self, name: str) -> rows.Device:
-        """An enrolled device."""
-        device = self._row(name)
-        _check_member(device)
-        return device
-
-    def _row(self, name: str) -> rows.Device:
-        """Whoever has this name. What was read a moment ago is not read again for each message."""
-        now = self._clock()
-        device, until_s = self._known.get(name, (None, 0.0))
-        if now >= until_s:
-            with self._ledger.db.reading() as tx:
-                device = tx.device(name)
-            if device is not None and self._roster.shuts_out(name, (device.sign_public,)):
-                device = replace(device, status="revoked")  # whatever the database says
-            if len(self._known) >= _DEVICES_KNOWN_MAX:
-                self._known.clear()
-            if device is not None:  # nor can strangers fill it with names
-                self._known[name] = device, now + _DEVICE_KNOWN_S
-        if device is None:
-            raise PeerError("unknown_device", f"no device {name!r} is enrolled")
-        return device
-
     def _presence(self, device: str, payload: bytes) -> list[ev.Event]:
         if not payload:
             return []
         presence = messages.decode_json(payload, Presence)
-        row = self._device(device)
+        row = self._members.member(device)
         if presence.state not in ("lost", "sleeping"):
             self._request_renewal(row)
         return [ev.Seen(device, presence)]
@@ -499,7 +435,7 @@ class Service:
 
     def _begin_upload(self, device: str, init: Init) -> list[ev.Event]:
         try:
-            missing = self._ledger.begin_upload(self._device(device), init)
+            missing = self._ledger.begin_upload(self._members.member(device), init)
         except DiskFullError as error:
             log.warning("cannot take an upload: %s", error)
             return [ev.Refused(init.upload, "busy", _BUSY)]
@@ -592,9 +528,6 @@ class Service:
     # ── coming back ─────────────────────────────────────────────────────────────────────
 
     def _restore(self) -> None:
-        with self._ledger.db.reading() as tx:
-            self._coordinator.rejects.update(tx.rejects())
-        self._rejects_kept = Counter(self._coordinator.rejects)
         found = self._ledger.restore()
         recalled = self._ledger.recall()
         if recalled is not None:
@@ -613,11 +546,6 @@ class Service:
             server_evaluates=self._evaluator is not None,
         )  # fmt: skip
         self._handle(self._carry_out(effects))
-
-
-def _check_member(device: rows.Device) -> None:
-    if device.status != "enrolled":
-        raise PeerError("revoked_device", f"the device {device.name!r} is {device.status}")
 
 
 def _how_to_command(error: PeerError) -> str:

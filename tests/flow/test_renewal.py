@@ -70,7 +70,7 @@ def change(world, name="ann", **values):
     """What a command of the operator writes down."""
     with world.ledger.db.transaction() as tx:
         tx.add_device(replace(tx.device(name), **values))
-    world.service._known.clear()
+    world.service._members.forget()
 
 
 def pass_some_time(world, seconds=30.0):
