@@ -12,12 +12,13 @@ import logging
 
 import msgspec
 
+from broker_bridge.errors import LocalError
 from broker_bridge.wire.messages import RoundSummary
 from server.store.database import Database
 from server.store.models import ModelFiles
 from server.store.transaction import Transaction
 
-__all__ = ["abandon_open", "floor_above", "settle_old_copy"]
+__all__ = ["abandon_open", "floor_above", "settle_old_copy", "stop_here"]
 
 log = logging.getLogger("midge.server")
 
@@ -43,12 +44,27 @@ def abandon_open(tx: Transaction, federation: str, *, now_s: float, reason: str)
     tx.abandon_round(this.number, closed_at=now_s, summary_json=text)
 
 
+def stop_here(db: Database, federation: str, *, now_s: float) -> None:
+    """End the open run, where the server cannot: the disk lost what its round had promised.
+
+    Whoever says so gives up the round's updates knowingly. Raises LocalError without a run.
+    """
+    reason = "stopped by the operator, without the server"
+    with db.transaction() as tx:
+        run = tx.current_run()
+        if run is None:
+            raise LocalError("no run is open; there is nothing to stop")
+        abandon_open(tx, federation, now_s=now_s, reason=reason)
+        tx.set_run_status(run.id, "stopped", reason=reason, ended_at=now_s)
+
+
 def settle_old_copy(db: Database, models: ModelFiles, federation: str, *, now_s: float) -> None:
     """Number on above what devices saw, if the database is older than the models beside it."""
     newest = max(models.versions(), default=-1)
     with db.reading() as tx:
         known = tx.highest_model()
-    if newest <= known + 1:  # a kill may have come between a model's file and its row
+    # A kill may have come between a model's file and its row; the first of all is number 1.
+    if newest <= max(known + 1, 1):
         return
     log.warning(
         "%s is an old copy: it knows of no model above %d, and there is model %d. What happened "

@@ -72,6 +72,13 @@ def test_the_present_database_is_no_old_copy_wherever_the_server_died(world):
     assert run_rounds(world, 1)["model_version"] == newest + 1
 
 
+def test_a_server_that_died_behind_the_file_of_the_very_first_model_numbers_it_again(world):
+    world.ledger._models.write(1, b"written, and then the power went")
+    world.kill_server()
+    world.start_server()
+    assert run_rounds(world, 1)["round"] == 1
+
+
 def test_a_fleet_whose_database_is_gone_is_not_taken_for_a_new_one(world):
     run_rounds(world, 1)
     assert Home.find(world.home.folder) == world.home
