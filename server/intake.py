@@ -303,8 +303,8 @@ class Intake:
         except PeerError as error:
             raise LocalError(
                 f"{self._spool.folder}/{init.upload.hex()}.update: the update of {device} has a "
-                f"receipt and cannot be read ({error}); check the disk, and restore the fleet's "
-                "folder from a backup"
+                f"receipt and cannot be read ({error}); check the disk and put the file back, or "
+                "give this round up, and all in it, with `midge stop --without-server`"
             ) from error
 
 

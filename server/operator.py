@@ -51,7 +51,10 @@ class Operator:
                 continue
             if reply.id == command.id:
                 return reply
-        raise LinkError("the broker answers, but the server does not; start it with `midge server`")
+        said = "the broker answers, but the server does not; start it with `midge server`"
+        if command.cmd != "status":  # the server's session lasts, and so does what waits in it
+            said += f", which may carry out this {command.cmd} then: the broker keeps it for it"
+        raise LinkError(said)
 
     def devices(self, *, wait_s: float = 5.0) -> dict[str, Presence]:
         """Return what the broker retains of each device's state, by name.

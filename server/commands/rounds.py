@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -10,6 +11,7 @@ import click
 import msgspec
 
 from broker_bridge.console import stop_on_signals
+from broker_bridge.disk import alone
 from broker_bridge.errors import LocalError, PeerError
 from broker_bridge.wire import messages
 from broker_bridge.wire.envelope import random_bytes
@@ -25,7 +27,9 @@ from broker_bridge.wire.topics import DeviceState, Topics
 from server import screen
 from server.commands.options import DIR, JSON
 from server.fleet.home import Home
+from server.old_copy import stop_here
 from server.operator import Operator
+from server.store.database import Database
 
 __all__ = ["pause", "resume", "start", "status", "stop", "watch"]
 
@@ -75,7 +79,33 @@ def _steers(name: Literal["stop", "pause", "resume"], done: str, does: str) -> c
     return steer
 
 
-stop = _steers("stop", "stopped", "Stop the run; its open round ends without a model.")
+@click.command()
+@DIR
+@click.option("--without-server", is_flag=True,
+              help="In the fleet's folder, for a server that cannot start.")  # fmt: skip
+@JSON
+def stop(folder: Path, without_server: bool, as_json: bool) -> None:
+    """Stop the run; its open round ends without a model.
+
+    \b
+    Example:
+      midge stop --dir fleet
+    """
+    command = Command(cmd="stop")
+    reply = _stopped_here(folder) if without_server else _ask(folder, command)
+    _tell(reply, as_json, "stopped")
+
+
+def _stopped_here(folder: Path) -> Reply:
+    """Write down what a server would; it must not be at work."""
+    home = Home.find(folder)
+    refusal = f"a server is running for {folder}; say stop without --without-server"
+    lock = alone(home.state / "server.lock", refusal=refusal)
+    with lock, contextlib.closing(Database(home.database)) as db:
+        stop_here(db, home.keys().federation, now_s=time.time())
+    return Reply(ok=True, cmd="stop")
+
+
 pause = _steers("pause", "paused", "Open no further round until `midge resume`.")
 resume = _steers("resume", "resumed", "Go on after `midge pause`.")
 

@@ -89,6 +89,8 @@ def test_a_server_that_does_not_answer_is_named(served, operators):
     try:
         with pytest.raises(LinkError, match="midge server"):
             operator.ask(Command(cmd="status", id="later"), wait_s=0.5)
+        with pytest.raises(LinkError, match="may carry out this pause then"):
+            operator.ask(Command(cmd="pause", id="late, too"), wait_s=0.5)
     finally:
         served.server.thaw()
 
