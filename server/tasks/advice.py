@@ -10,7 +10,7 @@ import keras
 from broker_bridge.errors import LocalError, MidgeError
 from server.tasks.tracing import all_layers
 
-__all__ = ["explain", "naming_the_layer", "refuse_layers"]
+__all__ = ["explain", "naming_the_layer", "refuse_layers", "refuse_losses_from_data"]
 
 _OPS = {
     "Erf": "use gelu with approximate=True",
@@ -24,6 +24,7 @@ _FLOAT_TYPES = ("float32", "bool", "int32")
 
 def refuse_layers(model: Any) -> None:
     """Raise LocalError for a layer known not to work, before tracing finds out obscurely."""
+    _refuse_own_training(model)
     for layer in all_layers(model):
         name = f"the layer {layer.name!r} ({type(layer).__name__})"
         if getattr(layer, "stateful", False):
@@ -31,8 +32,58 @@ def refuse_layers(model: Any) -> None:
         if getattr(layer, "data_format", None) == "channels_first":
             raise LocalError(f"{name} is channels_first: devices compute channels_last")
         policy = keras.backend.standardize_dtype(layer.compute_dtype or "float32")
+        if policy in ("string", "int64"):
+            raise LocalError(
+                f"{name} looks values up ({policy}): do that where samples are made, and give "
+                "the model the numbers (int32)"
+            )
         if policy not in _FLOAT_TYPES:
-            raise LocalError(f"{name} computes in {policy}: devices compute in float32")
+            raise LocalError(
+                f"{name} computes in {policy}: devices compute in float32; build the model with "
+                "keras.config.set_dtype_policy('float32')"
+            )
+
+
+def _refuse_own_training(model: Any) -> None:
+    """A step of the user's own would be left out without a word."""
+    for name in ("train_step", "compute_loss"):
+        if getattr(type(model), name) is not getattr(keras.Model, name):
+            raise LocalError(
+                f"the model {model.name!r} has a {name} of its own ({type(model).__name__}), which "
+                "devices do not run: put what it adds into the loss or into a layer"
+            )
+    if not model.trainable_variables and model.built:
+        raise LocalError(
+            f"the model {model.name!r} has nothing to train: set trainable = True on a layer"
+        )
+
+
+def refuse_losses_from_data(model: Any, penalties: list[Any], inputs: list[Any]) -> None:
+    """Raise LocalError for an add_loss over the batch: it counts rows that only fill it up."""
+    if any(layer.activity_regularizer is not None for layer in all_layers(model)):
+        return  # these are made from the data as well, and leave such rows out
+    for penalty in penalties:
+        if _depends(penalty, {tensor.op.name for tensor in inputs}):
+            place = penalty.op.name.rpartition("/")[0] or model.name
+            raise LocalError(
+                f"the layer {place!r} makes a loss from the data (add_loss), which would count the "
+                "rows that fill up a short batch: give it out as part of the model's output, and "
+                "count it in a loss function of your own"
+            )
+
+
+def _depends(tensor: Any, on: set[str]) -> bool:
+    """Whether `tensor` is computed from one of the ops named `on`."""
+    seen: set[str] = set()
+    waiting = [tensor.op]
+    while waiting:
+        op = waiting.pop()
+        if op.name in on:
+            return True
+        if op.name not in seen:
+            seen.add(op.name)
+            waiting += [source.op for source in op.inputs]
+    return False
 
 
 @contextmanager
@@ -70,7 +121,13 @@ def explain(error: Exception, graph: Any) -> LocalError:
     text = str(error)
     ops = sorted(set(re.findall(r"tf\.(\w+)", text)) & _op_types(graph))
     if not ops:
-        return LocalError(f"the model does not convert: {text.splitlines()[0]}")
+        place = re.search(r'\["\w+:", "([^"@]+)', text)
+        told = re.search(r"'tfl?\.\w+' op [^\n]*", text)
+        return LocalError(
+            f"the model cannot run on a device{f', in {place[1]}' if place else ''}: "
+            f"{told[0] if told else text.splitlines()[0]}; write it with ops that TensorFlow "
+            "Lite has"
+        )
     parts = []
     for op in ops:
         layer = _layer_of(op, graph)

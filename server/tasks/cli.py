@@ -208,6 +208,9 @@ def _load(model: Path, function: str) -> tuple[Any, Any, Any]:
     if not model.is_file():  # known without waiting for TensorFlow
         raise LocalError(f"there is no Python file {model}")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    # TensorFlow 2.21 with oneDNN corrupts memory in the gradient of a 1 x 1 convolution of
+    # stride 2: the process dies in Keras' half of the check.
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     try:
         from server.tasks import exporter
     except ImportError as error:

@@ -8,8 +8,12 @@ back as it went in.
 import hashlib
 import importlib
 import importlib.util
+import os
+import sys
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -141,12 +145,18 @@ def _interface(model: Any) -> tuple[tuple[TensorSpec, ...], TensorSpec]:
     if not model.built or not getattr(model, "inputs", None):
         raise LocalError(
             f"the model {model.name!r} has no known input: start it with keras.Input(shape), "
-            "or build a functional model"
+            "or build a functional model: x = keras.Input(shape); keras.Model(x, yours(x))"
         )
     if len(model.outputs) != 1:
         raise LocalError(f"the model has {len(model.outputs)} outputs: a task has one")
     inputs = tuple(_spec(tensor, "input") for tensor in model.inputs)
-    return inputs, _spec(model.outputs[0], "output")
+    output = _spec(model.outputs[0], "output")
+    if not output.shape:
+        raise LocalError(
+            f"the output {output.name!r} has no axis beyond the batch, over which Keras' losses "
+            "are taken: end the model with Dense(1), or keras.layers.Reshape((1,))"
+        )
+    return inputs, output
 
 
 def _spec(tensor: Any, what: str) -> TensorSpec:
@@ -190,8 +200,23 @@ def _optimiser(model: Any, options: TaskOptions) -> Any:
         raise LocalError(f"no optimiser {found!r}: {str(error).splitlines()[0]}") from None
 
 
+@contextmanager
+def _without_chatter() -> Iterator[None]:
+    """Keep back what TensorFlow prints: `advice` says what matters, in one sentence."""
+    sys.stderr.flush()
+    terminal = os.dup(2)
+    try:
+        with tempfile.TemporaryFile() as drain:
+            os.dup2(drain.fileno(), 2)
+            yield
+            sys.stderr.flush()
+    finally:
+        os.dup2(terminal, 2)  # C++ writes to the descriptor, not to sys.stderr
+        os.close(terminal)
+
+
 def _convert(graph: Graph) -> bytes:
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, _without_chatter():
         tf.saved_model.save(
             tf.Module(),
             folder,

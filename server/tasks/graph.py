@@ -18,6 +18,7 @@ import tensorflow as tf
 from broker_bridge.errors import LocalError
 from broker_bridge.task.taskfile import Noise, Slot
 from broker_bridge.wire.weights import TensorSpec
+from server.tasks.advice import refuse_losses_from_data
 from server.tasks.gradients import builtin_gradients
 from server.tasks.objectives import Objective
 from server.tasks.optimisers import Rule
@@ -121,6 +122,7 @@ class _Builder:
             )
             sums, counts = self.objective.sums(feed["y"], output, feed["sample_weight"])
             loss = self.objective.batch_loss(feed["y"], output, feed["sample_weight"], present)
+        refuse_losses_from_data(self.model, penalties, _take(feed, "x"))
         loss = tf.add_n([loss, *map(tf.reduce_sum, penalties)])
         gradients = _clipped(self._gradients(loss, weights), feed["clip_norm"])
         fed = fed[: len(weights)]
@@ -128,7 +130,9 @@ class _Builder:
             tf.reshape(g, w.shape) + (w - a) * feed["proximal_mu"]
             for g, w, a in zip(gradients, fed, _take(feed, "a"), strict=True)
         ]
-        moved, slots = self.rule.apply(fed, gradients, _take(feed, "o"), feed["learning_rate"])
+        moved, slots = self.rule.apply(
+            fed, gradients, _take(feed, "o"), feed["learning_rate"], self.trainable
+        )
         statistics = [tf.reshape(after[i], travelling_shape(self.others[i])) for i in self.moving]
         new = {f"w{i}": value for i, value in enumerate([*moved, *statistics])}
         new |= {f"o{i}": value for i, value in enumerate(slots)}
@@ -149,7 +153,8 @@ class _Builder:
 
         def evaluate(**feed: Any) -> dict[str, Any]:
             trainable, others = self.split(_take(feed, "w"))
-            with convertible(self.model, NoiseFeed()):
+            counted = tf.cast(tf.cast(feed["sample_weight"], tf.bool), tf.float32)
+            with convertible(self.model, NoiseFeed(), present=counted):
                 output, _, penalties = call(
                     self.model, trainable, others, _take(feed, "x"), training=False
                 )

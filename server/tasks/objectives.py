@@ -86,10 +86,9 @@ def objective_of(
         shape = output.shape[:-1] if integers else output.shape
         label = TensorSpec("y", "int32" if integers else "float32", shape)
     if metrics is None:
-        compiled = getattr(model, "_compile_metrics", None)
-        metrics = compiled._user_metrics if compiled is not None else None
+        metrics = _metrics_of(model)
     _refuse_misfit(found, name, label, output)
-    named = tuple(_metric(metric, label, output) for metric in metrics or ())
+    named = tuple(_metric(metric, label, output) for metric in metrics)
     return Objective(name, found, named, label, _label_range(found, integers, output))
 
 
@@ -103,7 +102,8 @@ def _refuse_misfit(loss: Any, name: str, label: TensorSpec, output: TensorSpec) 
     except Exception as error:
         raise LocalError(
             f"the loss {name} does not fit the model's output {list(output.shape)} and labels of "
-            f"{label.dtype}{list(label.shape)}: {str(error).strip().splitlines()[-1].strip()}"
+            f"{label.dtype}{list(label.shape)}: {str(error).strip().splitlines()[-1].strip()}; "
+            "say what one sample's label is with TaskOptions(label=TensorSpec(…))"
         ) from error
 
 
@@ -117,7 +117,8 @@ def _label_range(loss: Any, integers: bool, output: TensorSpec) -> tuple[float, 
 def _loss_of(model: Any, loss: Any) -> Any:
     if loss is None:
         compiled = getattr(model, "_compile_loss", None)
-        loss = compiled._user_loss if compiled is not None else None
+        loss = _only(compiled._user_loss) if compiled is not None else None
+        _refuse_loss_weight(compiled)
     if loss is None:
         raise LocalError("the model has no loss: compile it with one, or name one with --loss")
     if isinstance(loss, list | tuple | dict):
@@ -135,6 +136,34 @@ def _loss_of(model: Any, loss: Any) -> Any:
             "and weight samples with sample_weight"
         )
     return found
+
+
+def _refuse_loss_weight(compiled: Any) -> None:
+    weight = _only(getattr(compiled, "_user_loss_weights", None))
+    if weight not in (None, 1, 1.0):
+        raise LocalError(
+            f"the loss is compiled with loss_weights={weight}: a task has one loss; multiply "
+            "inside a loss of your own, or change the learning rate"
+        )
+
+
+def _metrics_of(model: Any) -> list[Any]:
+    """Return what `model` was compiled to measure; all of it counts by sample weight here."""
+    compiled = getattr(model, "_compile_metrics", None)
+    if compiled is None:
+        return []
+    found: list[Any] = []
+    for group in (_only(compiled._user_metrics), _only(compiled._user_weighted_metrics)):
+        if group is not None:
+            found += group if isinstance(group, list | tuple) else [group]
+    return found
+
+
+def _only(named: Any) -> Any:
+    """Return what is named for a model's one output, by its name or its place."""
+    while isinstance(named, list | tuple | dict) and len(named) == 1:
+        named = next(iter(named.values() if isinstance(named, dict) else named))
+    return named
 
 
 def _name_of(loss: Any) -> str:

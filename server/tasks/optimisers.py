@@ -30,22 +30,40 @@ class Rule:
     initial: float = 0.0
     counts_steps: bool = False
     weight_decay: float = 0.0
+    decays: Callable[[Any], bool] = lambda _variable: True  # this Keras variable
     clip_norm: float = 0.0  # a default for the task: the device may be told another
 
     def apply(
-        self, weights: list[Any], gradients: list[Any], state: list[Any], rate: Any
+        self,
+        weights: list[Any],
+        gradients: list[Any],
+        state: list[Any],
+        rate: Any,
+        variables: list[Any],
     ) -> tuple[list[Any], list[Any]]:
-        """Return the new weights and state. `state`: slot by slot for each weight, then steps."""
+        """Return the new weights and state. `state`: slot by slot for each weight, then steps.
+
+        `variables` are the Keras variables behind `weights`: each has its constraint, and says
+        whether it decays.
+        """
         steps = state[-1] + 1.0 if self.counts_steps else None
         new_weights, new_state = [], []
         for index, (weight, gradient) in enumerate(zip(weights, gradients, strict=True)):
             own = state[index * len(self.slots) : (index + 1) * len(self.slots)]
-            if self.weight_decay:
+            if self.weight_decay and self.decays(variables[index]):
                 weight = weight - weight * self.weight_decay * rate
             change, slots = self.update(gradient, weight, rate, own, steps)
-            new_weights.append(weight + change)
+            new_weights.append(_constrained(weight + change, variables[index]))
             new_state.extend(slots)
         return new_weights, [*new_state, steps] if self.counts_steps else new_state
+
+
+def _constrained(weight: Any, variable: Any) -> Any:
+    """Return `weight` within the bounds that its layer sets, as Keras does after each step."""
+    if variable.constraint is None:
+        return weight
+    within = variable.constraint(tf.reshape(weight, variable.shape))
+    return tf.reshape(within, weight.shape)
 
 
 def rule_of(optimiser: Any) -> Rule:
@@ -68,6 +86,7 @@ def rule_of(optimiser: Any) -> Rule:
         initial=initial,
         counts_steps=counts,
         weight_decay=float(config.get("weight_decay") or 0.0),
+        decays=optimiser._use_weight_decay,
         clip_norm=float(config.get("global_clipnorm") or 0.0),
     )
 

@@ -128,6 +128,8 @@ def _fresh(optimiser: Any, settings: Training) -> Any:
     new = type(optimiser).from_config(optimiser.get_config())
     new.global_clipnorm = None  # the task clips by its own setting
     new.learning_rate = settings.learning_rate
+    # Which weights do not decay is said after the optimiser is made, and not in its config.
+    new._use_weight_decay = optimiser._use_weight_decay
     return new
 
 

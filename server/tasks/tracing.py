@@ -104,6 +104,10 @@ def convertible(model: Any, noise: NoiseFeed, *, present: Any | None = None) -> 
         if present is not None:
             kind = keras.layers.BatchNormalization
             swaps.enter_context(_swapped(kind, "_moments", _moments(kind._moments, present)))
+            for layer in all_layers(model):
+                if (penalty := layer.activity_regularizer) is not None:
+                    real = _of_real_rows(penalty, present)
+                    swaps.enter_context(_swapped(layer, "activity_regularizer", real))
         yield
 
 
@@ -198,6 +202,19 @@ def _moments(original: Callable[..., Any], present: Any) -> Callable[..., Any]:
         return tf.squeeze(mean, axes), tf.squeeze(variance, axes)
 
     return moments
+
+
+def _of_real_rows(penalty: Callable[[Any], Any], present: Any) -> Callable[[Any], Any]:
+    """Return an activity regulariser that counts the real rows only: Keras divides it by all."""
+
+    def counted(output: Any) -> Any:
+        if output.shape[0] != present.shape[0]:
+            return penalty(output)
+        row = tf.reshape(present, [-1] + [1] * (output.shape.rank - 1))
+        share = tf.maximum(tf.reduce_sum(present), 1.0) / present.shape[0]
+        return penalty(output * row) / share
+
+    return counted
 
 
 def _inner_mean(x: Any, axes: list[int]) -> Any:
