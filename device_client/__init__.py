@@ -30,7 +30,7 @@ Training:
 
 The command, and what is on disk:
 
-    cli.py           `midge-device`; doctor.py: what is wrong here
+    cli.py           `midge-device`; doctor.py: what is wrong here; options.py: --dir
     config.py        the settings, of device.toml; access.py: how it gets into its broker
     identity.py      keys and certificate; enrolment.py: how they come here
     journal.py       rounds seen, and how often it started

@@ -33,6 +33,7 @@ from device_client.enrolment import enrol, forget_bundle
 from device_client.identity import Identity
 from device_client.inference import infer, predict
 from device_client.journal import Journal
+from device_client.options import FOLDER
 from device_client.outbox import Outbox
 from device_client.readings import take_readings
 from device_client.sandbox.trainer import Sandbox, SandboxSettings
@@ -42,12 +43,6 @@ from device_client.trial import run_trial
 __all__ = ["main"]
 
 _log = logging.getLogger("midge.device")
-
-_FOLDER = click.option(
-    "--dir", "folder", type=click.Path(path_type=Path, file_okay=False), envvar="MIDGE_DEVICE_DIR",
-    default=Path("/var/lib/midge"), show_default=True,
-    help="The folder with this device's keys and state.",
-)  # fmt: skip
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -64,7 +59,7 @@ def device() -> None:
 
 @device.command("enrol")
 @click.argument("bundle", type=click.Path(path_type=Path, dir_okay=False))
-@_FOLDER
+@FOLDER
 @click.option("--wait", "wait_s", default=60.0, show_default=True, help="Seconds to keep trying.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def enrol_command(bundle: Path, folder: Path, wait_s: float, as_json: bool) -> None:
@@ -83,7 +78,7 @@ def enrol_command(bundle: Path, folder: Path, wait_s: float, as_json: bool) -> N
 
 
 @device.command("run")
-@_FOLDER
+@FOLDER
 @click.option("--bundle", type=click.Path(path_type=Path, dir_okay=False),
               help="Enrol with this bundle first, if not enrolled yet.")  # fmt: skip
 @click.option("--data", help="npz:FILE, csv:FOLDER, module:function or FILE.py:function.")
@@ -234,7 +229,7 @@ def _judged(folder: Path, rules: Rules) -> Callable[[int | None], list[Verdict]]
 
 
 @device.command("status")
-@_FOLDER
+@FOLDER
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 def status(folder: Path, as_json: bool) -> None:
     """Say who this device is and what it is doing.

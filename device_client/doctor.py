@@ -32,6 +32,7 @@ from device_client.access import access_to_work
 from device_client.config import DeviceConfig
 from device_client.identity import Identity
 from device_client.journal import Journal
+from device_client.options import FOLDER
 from device_client.outbox import Outbox
 from device_client.sandbox.trainer import Sandbox, SandboxSettings
 
@@ -49,11 +50,7 @@ _ENROL = "on the server: `midge device add NAME`; here: `midge-device enrol NAME
 
 
 @click.command()
-@click.option(
-    "--dir", "folder", type=click.Path(path_type=Path, file_okay=False), envvar="MIDGE_DEVICE_DIR",
-    default=Path("/var/lib/midge"), show_default=True,
-    help="The folder with this device's keys and state.",
-)  # fmt: skip
+@FOLDER
 @click.option("--data", help="The samples, as for `run`; default: as in device.toml.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, for scripts.")
 def doctor(folder: Path, data: str | None, as_json: bool) -> None:

@@ -12,15 +12,11 @@ from broker_bridge.console import stop_on_signals
 from broker_bridge.errors import LocalError
 from broker_bridge.systemd import Supervisor
 from device_client.model import Kind
+from device_client.options import FOLDER
 from device_client.prediction import LockedModel, serve
 
 __all__ = ["infer", "predict"]
 
-_FOLDER = click.option(
-    "--dir", "folder", type=click.Path(path_type=Path, file_okay=False), envvar="MIDGE_DEVICE_DIR",
-    default=Path("/var/lib/midge"), show_default=True,
-    help="The folder with this device's keys and state.",
-)  # fmt: skip
 _KIND = click.option(
     "--model", "kind", type=click.Choice(["global", "personal"]),
     help="Default: the personal model if there is one, else the global one.",
@@ -31,7 +27,7 @@ _KIND = click.option(
 @click.option("--input", "paths", multiple=True, required=True,
               type=click.Path(path_type=Path, dir_okay=False),
               help="An .npy file; one for each input of the task.")  # fmt: skip
-@_FOLDER
+@FOLDER
 @_KIND
 @click.option("--raw", is_flag=True, help="As the sensor gave it: prepare it as the task says.")
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
@@ -59,7 +55,7 @@ def infer(
 
 
 @click.command()
-@_FOLDER
+@FOLDER
 @_KIND
 @click.option("--socket", "path", type=click.Path(path_type=Path, dir_okay=False),
               help="Where to listen; default: predict.sock in the device's folder.")  # fmt: skip

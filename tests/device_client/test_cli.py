@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import shutil
 import time
 
@@ -163,6 +164,18 @@ def test_a_bundle_in_whose_place_there_is_a_newer_one_is_named(served, tmp_path)
     done = said("enrol", old, "--dir", tmp_path / "again", "--wait", "1")
     is_refusal(done, "a newer bundle was made for again, and this one is void")
     assert said("enrol", new, "--dir", tmp_path / "again").returncode == 0
+
+
+def test_a_folder_of_another_user_is_opened_with_sudo(alone):
+    folder = alone.folder / "ann"
+    folder.chmod(0)
+    somebody = ("unshare", "--user", "--map-user=1000") if os.getuid() == 0 else ()
+    try:
+        for command in ("status", "doctor"):
+            done = run(*somebody, *DEVICE, command, "--dir", str(folder))
+            is_refusal(done, "the device's own", "put sudo before")
+    finally:
+        folder.chmod(0o700)
 
 
 # ── Answers ─────────────────────────────────────────────────────────────────────────────
