@@ -3,6 +3,8 @@
 Each is the real class with one line gone wrong, as a hurried change might make it.
 """
 
+import re
+
 import pytest
 
 from device_client import events as device_events
@@ -155,9 +157,14 @@ BROKEN = [
 @pytest.mark.parametrize(("parts", "sentence"), [b[1:] for b in BROKEN], ids=[b[0] for b in BROKEN])
 def test_a_broken_build_is_caught(parts: Parts, sentence: str) -> None:
     with pytest.raises(ViolationError, match=sentence):
-        run_seeds(parts)
+        run_seeds(parts, sentence)
 
 
-def run_seeds(parts: Parts) -> None:
+def run_seeds(parts: Parts, sentence: str) -> None:
+    """Until it is caught by this sentence: one fault shows in several ways, by chance one first."""
     for seed in range(SEEDS_MAX):
-        Federation(Weather.of(seed), parts).run()
+        try:
+            Federation(Weather.of(seed), parts).run()
+        except ViolationError as caught:
+            if re.search(sentence, str(caught)):
+                raise
