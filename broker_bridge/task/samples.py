@@ -8,6 +8,7 @@ into NaN without an error. It cannot promise that the labels are right.
 
 import math
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -193,7 +194,10 @@ def from_arrays(arrays: Mapping[str, Array], task: Task) -> Samples:
     for name in (*names, "y"):
         if name not in arrays:
             have = ", ".join(sorted(arrays)) or "none"
-            raise LocalError(f"the data has no array {name!r} (it has: {have})")
+            raise LocalError(
+                f"the data has no array {name!r} (it has: {have}): name the arrays as the task's "
+                "inputs, and y"
+            )
     samples = Samples(
         tuple(arrays[name] for name in names), arrays["y"], arrays.get("sample_weight")
     )
@@ -206,13 +210,14 @@ def read_npz(path: str, task: Task) -> Samples:
     Raises LocalError naming the file.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
-            if not isinstance(file, np.lib.npyio.NpzFile):
-                raise LocalError(f"{path} is not an .npz file: write one with numpy.savez")
+        found = np.load(path, allow_pickle=False)
+        if not isinstance(found, np.lib.npyio.NpzFile):  # one bare array
+            raise LocalError(f"{path} is not an .npz file: write one with numpy.savez")
+        with found as file:
             arrays = {name: file[name] for name in file.files}
     except OSError as error:
         raise LocalError(f"cannot read {path}: {error.strerror or error}") from None
-    except (ValueError, zipfile.BadZipFile, EOFError) as error:
+    except (ValueError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
         raise LocalError(f"{path} is not an .npz of plain arrays: {error}") from None
     try:
         return from_arrays(arrays, task)
@@ -231,6 +236,7 @@ def _fit(array: Array, spec: TensorSpec, what: str) -> Array:
         if math.prod(array.shape[1:]) != 1 or math.prod(shape) != 1:
             raise LocalError(
                 f"{what} has samples of shape {list(array.shape[1:])}; the task needs {list(shape)}"
+                + _one_hot(array, spec)
             )
         array = array.reshape(-1, *shape)
     if array.dtype.kind not in "fiub":
@@ -244,6 +250,15 @@ def _fit(array: Array, spec: TensorSpec, what: str) -> Array:
     elif array.dtype.kind == "f":
         _refuse(~np.isfinite(cast), array, what, f"does not fit {spec.dtype}")
     return cast
+
+
+def _one_hot(array: Array, spec: TensorSpec) -> str:
+    """Say what to do with labels of which each is a row of zeros and a one."""
+    if array.shape[1:-1] != tuple(spec.shape) or spec.dtype == "float32":
+        return ""
+    if array.dtype.kind not in "fiub" or not np.all(np.sum(array != 0, axis=-1) == 1):
+        return ""
+    return ": these are one-hot; give class numbers, with numpy.argmax(y, axis=-1)"
 
 
 def _refuse(wrong: Array, values: Array, what: str, why: str) -> None:

@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -57,6 +58,8 @@ def test_labels_in_a_column_fit_a_task_with_plain_labels() -> None:
         (Samples((X,), Y, np.array([1.0, -1.0, 1.0])), "sample_weight, row 1: -1.0 is negative"),
         (Samples((X,), Y, np.array([1.0, 1.0])), "'sample_weight' has 2 rows"),
         (Samples((np.float32(1),), Y), "single value"),
+        (Samples((X,), np.eye(3)), r"\[3\].*needs \[\]: these are one-hot; .* numpy\.argmax"),
+        (Samples((X,), np.ones((3, 2))), r"labels \(y\) has samples of shape \[2\].*needs \[\]$"),
     ],
 )
 def test_what_does_not_fit_is_named(samples: Samples, sentence: str) -> None:
@@ -87,6 +90,31 @@ def test_an_npz_that_does_not_fit_is_named(tmp_path: Path) -> None:
     ):
         with pytest.raises(LocalError, match=sentence):
             read_npz(str(file), TASK)
+
+
+def test_an_array_saved_alone_is_no_npz(tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", X)
+    with pytest.raises(LocalError, match=r"x\.npy is not an \.npz file: write one with numpy"):
+        read_npz(str(tmp_path / "x.npy"), TASK)
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_a_damaged_npz_is_refused_in_one_sentence(tmp_path: Path, save: Any) -> None:
+    file = tmp_path / "x.npz"
+    save(file, x=X, y=Y)
+    whole = file.read_bytes()
+    flags = whole.index(b"PK\x01\x02") + 8
+    encrypted = whole[:flags] + b"\x01" + whole[flags + 1 :]
+    damaged = [whole[:i] + bytes([whole[i] ^ 0x55]) + whole[i + 1 :] for i in range(len(whole))]
+    refused = []
+    for data in (*damaged, encrypted, whole[:100]):
+        file.write_bytes(data)
+        try:
+            read_npz(str(file), TASK)
+        except LocalError as error:
+            refused.append(str(error))
+    assert len(refused) > 100  # the rest are dates and the like
+    assert all(str(file) in sentence for sentence in refused)
 
 
 def test_preprocessing_runs_in_order() -> None:
