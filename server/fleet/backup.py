@@ -208,21 +208,26 @@ def _make_folders(folder: Path) -> None:
 def _unpacked(reader: Reader, folder: Path) -> tuple[Contents, bytes]:
     """Write every file but the settings; return them and what the backup says of itself."""
     found: dict[str, bytes] = {}
-    with tarfile.open(mode="r|", fileobj=cast(BinaryIO, reader)) as tar:
-        for member in tar:
-            data = _read(tar, member)
-            if member.name in (_CONTENTS, _SETTINGS):
-                found[member.name] = data
-            elif member.name == _DATABASE or _FILES.fullmatch(member.name):
-                write_atomic(folder / PurePosixPath(member.name), data)
-            else:
-                raise LocalError(
-                    f"the backup holds {member.name!r}, which this midge does not know"
-                )
     try:
+        with tarfile.open(mode="r|", fileobj=cast(BinaryIO, reader)) as tar:
+            for member in tar:
+                _unpack(tar, member, folder, found)
         return msgspec.json.decode(found[_CONTENTS], type=Contents), found[_SETTINGS]
-    except (KeyError, msgspec.MsgspecError):
+    except (KeyError, ValueError, RecursionError, msgspec.MsgspecError, tarfile.TarError):
         raise LocalError("this backup was made by another midge; install that version") from None
+
+
+def _unpack(
+    tar: tarfile.TarFile, member: tarfile.TarInfo, folder: Path, found: dict[str, bytes]
+) -> None:
+    """Write one file; keep the settings, and what the backup says of itself, in `found`."""
+    data = _read(tar, member)
+    if member.name in (_CONTENTS, _SETTINGS):
+        found[member.name] = data
+    elif member.name == _DATABASE or _FILES.fullmatch(member.name):
+        write_atomic(folder / PurePosixPath(member.name), data)
+    else:
+        raise LocalError(f"the backup holds {member.name!r}, which this midge does not know")
 
 
 def _read(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:

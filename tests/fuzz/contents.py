@@ -2,20 +2,25 @@
 
 import contextlib
 import hashlib
+import io
 from typing import Any
 
 import msgspec
 import numpy as np
 
-from broker_bridge.errors import LocalError
+from broker_bridge.errors import LocalError, PeerError
 from broker_bridge.task.samples import preprocess
 from broker_bridge.task.taskfile import Plan, Task, decode_plan, decode_task
 from broker_bridge.wire import weights
+from device_client.sandbox import talk
+from device_client.sandbox.confinement import Confinement
 from tests.fleets import TASK
 from tests.fuzz.target import CORPUS, split
 from tests.fuzz.wire import SMALL
 
-__all__ = ["TFLITE", "decode_weights", "task", "task_seeds", "weight_seeds"]
+__all__ = [
+    "TFLITE", "decode_weights", "frame", "frame_seeds", "task", "task_seeds", "weight_seeds",
+]  # fmt: skip
 
 
 def decode_weights(data: bytes) -> None:
@@ -36,6 +41,39 @@ def decode_weights(data: bytes) -> None:
 def weight_seeds() -> list[bytes]:
     header = msgspec.msgpack.encode(weights.specs_of(SMALL))
     return [b"\x00" + weights.encode(SMALL), b"\x01" + header]
+
+
+_SAID = msgspec.msgpack.Decoder(
+    talk.Ready | talk.Built | talk.Steps | talk.Done | talk.Alive | talk.Measured | talk.Stopped
+    | talk.Failure
+)  # fmt: skip
+
+
+def frame(data: bytes) -> None:
+    """What a training process says that its model took over."""
+    source = io.BytesIO(data)
+
+    def read(length: int) -> bytearray:
+        found = bytearray(source.read(length))
+        if len(found) < length:
+            raise PeerError("bad_frame", "the process ended")
+        return found
+
+    said, blob = talk.read_frame(read, _SAID, head_bytes_max=1 << 16, blob_bytes_max=1 << 20)
+    assert len(blob) <= len(data)
+    if isinstance(said, talk.Failure):
+        assert len(said.sentence) <= 2000
+
+
+def frame_seeds() -> list[bytes]:
+    said: list[msgspec.Struct] = [
+        talk.Ready(samples=48, confinement=Confinement(0)), talk.Built(runtime="a runtime"),
+        talk.Steps(last=3, losses=[1.0, 0.5]), talk.Measured(loss=0.5, metrics={"accuracy": 0.9}),
+        talk.Failure(sentence="it does not work", reason="bad_task"), talk.Alive(), talk.Stopped(),
+    ]  # fmt: skip
+    done = talk.Done(loss=0.5, metrics={}, seconds=1.0, peak_bytes=1, optimiser_bytes=0)
+    frames = [talk.frame(each) for each in said] + [talk.frame(done, weights.encode(SMALL))]
+    return [b"".join(each) for each in frames]
 
 
 TFLITE = b"not a model, but as long as one likes"

@@ -1,9 +1,13 @@
 """Files from an operator, and files that a dying card gives back wrong."""
 
 import base64
+import contextlib
 import functools
+import io
 import json
 import re
+import shutil
+import tarfile
 import tempfile
 from datetime import UTC
 from pathlib import Path
@@ -11,6 +15,7 @@ from pathlib import Path
 import msgspec
 
 from broker_bridge.config import load_config
+from broker_bridge.errors import MidgeError
 from broker_bridge.link.inspection import certificate_dates
 from broker_bridge.wire import enrolment, messages, weights
 from broker_bridge.wire.chunks import (
@@ -29,7 +34,10 @@ from device_client.config import DeviceConfig
 from device_client.journal import Journal
 from device_client.outbox import Outbox
 from server.config import ServerConfig
-from server.fleet.home import Home
+from server.fleet.backup import back_up, restore
+from server.fleet.home import Home, create
+from server.fleet.sealed_file import Cost, Reader, Writer
+from server.store.database import Database
 from server.store.spool import Spool
 from tests.fuzz.target import (
     CORPUS,
@@ -45,6 +53,8 @@ from tests.fuzz.wire import BINDING, CHUNK_KEY, SMALL, TRANSFER
 
 __all__ = [
     "LOGIN",
+    "backup",
+    "backup_seeds",
     "bundle",
     "bundle_seed",
     "certificate",
@@ -107,6 +117,52 @@ def certificate_seeds() -> list[bytes]:
     pems = [path.read_bytes() for path in sorted((CORPUS / "certificate").glob("*.pem"))]
     ders = [base64.b64decode(b"".join(pem.splitlines()[1:-1])) for pem in pems]
     return [b"\x00" + pem for pem in pems] + [b"\x01" + der for der in ders]
+
+
+def backup(data: bytes) -> None:
+    """A backup as somebody may have altered it, and what one holds, sealed anew by an insider."""
+    mode, rest = split(data, 2)
+    place = folder("backup")
+    path, into = place / "one.backup", place / "restored"
+    if mode == 0:  # no more may be asked of us than the cheapest: the rest is only slow
+        path.write_bytes(rest[:15] + _PASSES_AND_KIB + rest[23:])
+    else:
+        with path.open("wb") as out:
+            writer = Writer(out, _WORDS, cost=_CHEAP)
+            writer.write(rest)
+            writer.finish()
+    shutil.rmtree(into, ignore_errors=True)
+    into.mkdir()
+    try:
+        restore(path, into, _WORDS, now=0.0)
+    except MidgeError:
+        assert not any(into.iterdir()), "half a fleet was left"
+        raise
+    assert is_name(Home.find(into).keys().federation)
+    assert {found.name for found in place.iterdir()} == {path.name, into.name}
+
+
+_WORDS = "four words nobody guesses"
+_CHEAP = Cost(passes=1, memory_kib=8)
+_PASSES_AND_KIB = bytes([0, 0, 0, 1, 0, 0, 0, 8])
+
+
+@functools.cache
+def backup_seeds() -> tuple[bytes, ...]:
+    place = Path(tempfile.mkdtemp(prefix="midge-fuzz-fleet-", dir=folder("backed up")))
+    home = create(place / "fleet", federation="demo", hosts=["localhost"], port=1)
+    (home.state / "models").mkdir()
+    with contextlib.closing(Database(home.database)):
+        pass
+    back_up(home, place / "one.backup", _WORDS, now=0.0, cost=_CHEAP)
+    whole = (place / "one.backup").read_bytes()
+    tar = Reader(io.BytesIO(whole), _WORDS, name="seed").read(len(whole))
+    member = tarfile.TarInfo("keys/server.json")
+    member.size, member.pax_headers = 5, {"comment": "x" * 600}
+    small = io.BytesIO()
+    with tarfile.open(mode="w|", fileobj=small, format=tarfile.PAX_FORMAT) as archive:
+        archive.addfile(member, io.BytesIO(b"a key"))
+    return b"\x00" + whole, b"\x01" + tar, b"\x01" + small.getvalue()
 
 
 def config(data: bytes) -> None:
@@ -231,8 +287,6 @@ def server_files(data: bytes) -> None:
 
 def server_file_seeds() -> list[bytes]:
     place = Path(tempfile.mkdtemp(dir=folder("server")))
-    from server.fleet.home import create
-
     home = create(place / "fleet", federation="demo", hosts=["localhost"], port=1)
     keys = (home.folder / "keys" / "server.json").read_bytes()
     whole = b""

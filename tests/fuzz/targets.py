@@ -21,6 +21,7 @@ ALL = [
     Target("renewal", wire.renew, wire.renew_seeds),
     Target("weights", contents.decode_weights, contents.weight_seeds),
     Target("task", contents.task, contents.task_seeds, base_bytes=2 * MIB),
+    Target("frame", contents.frame, contents.frame_seeds),
     Target("bundle", files.bundle, lambda: [files.bundle_seed(), files.bundle_seed(files.LOGIN)]),
     # tomllib descends by calling itself, as deep as Python lets it: 1.7 MB of frames.
     Target("config", files.config, files.config_seeds, base_bytes=4 * MIB),
@@ -28,6 +29,9 @@ ALL = [
     Target("outbox", files.outbox, lambda: [files.outbox_file()]),
     Target("journal", files.journal, files.journal_seeds),
     Target("server_files", files.server_files, files.server_file_seeds),
+    Target(
+        "backup", files.backup, lambda: [*files.backup_seeds()], base_bytes=4 * MIB, is_slow=True
+    ),
     Target("mqtt", answering.mqtt, answering.mqtt_seeds, base_bytes=4 * MIB, is_slow=True),
     Target("ctl", serving.ctl, serving.ctl_seeds, base_bytes=32 * MIB, is_slow=True),
     Target("device", hearing.device, hearing.device_seeds, base_bytes=32 * MIB, is_slow=True),

@@ -22,7 +22,9 @@ from broker_bridge.wire.enrolment import Bundle
 from device_client import identity as identities
 from device_client.config import DeviceConfig
 from device_client.journal import Journal
+from server.fleet.backup import restore
 from server.fleet.home import Home
+from server.fleet.sealed_file import Cost, Writer
 from tests.broker_bridge.task.test_samples import TASK
 from tests.fuzz.answering import CONNACK_5, Driven, follow, listener
 from tests.fuzz.contents import TFLITE, task_seeds
@@ -149,6 +151,20 @@ def test_damaged_keys_of_the_server_are_one_sentence(tmp_path: Path, damage: byt
     (tmp_path / "keys" / "server.json").write_bytes(damage)
     with pytest.raises(LocalError, match="is damaged"):
         Home(tmp_path).keys()
+
+
+@pytest.mark.parametrize("inside", [b"", b"no archive", bytes(512), b"keys/a".ljust(512, b"\0")])
+def test_a_backup_that_holds_no_whole_archive_is_one_sentence(
+    tmp_path: Path, inside: bytes
+) -> None:
+    words = "four words nobody guesses"
+    with (tmp_path / "one.backup").open("wb") as out:
+        writer = Writer(out, words, cost=Cost(passes=1, memory_kib=8))
+        writer.write(inside)
+        writer.finish()
+    with pytest.raises(LocalError, match="made by another midge"):
+        restore(tmp_path / "one.backup", tmp_path / "fleet", words, now=0.0)
+    assert not any((tmp_path / "fleet").iterdir())
 
 
 # ── What a broker may not do ────────────────────────────────────────────────────────────
