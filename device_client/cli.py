@@ -244,10 +244,10 @@ def status(folder: Path, as_json: bool) -> None:
             f"{folder} holds no enrolled device; run `midge-device enrol BUNDLE --dir {folder}`"
         )
     waiting = Outbox(folder / "outbox").load()
-    memory = Journal(folder).memory()
-    shown = folder / "status.json"
+    journal = Journal(folder)
+    memory = journal.memory()
     facts = _facts(identity) | {
-        "state": json.loads(shown.read_text()) if shown.exists() else None,
+        "state": journal.shown(),
         "rounds": {"highest": memory.round, "done": memory.done},
         "outbox": waiting and {"round": waiting.round, "bytes": waiting.total_bytes},
         "model": models.kept(folder, "global"),

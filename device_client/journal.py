@@ -23,6 +23,7 @@ class Journal:
         self.disk = disk
         self._memory = folder / "rounds.json"
         self._boots = folder / "boots"
+        self._shown = folder / "status.json"
         self.folder = folder
 
     def memory(self) -> Memory:
@@ -48,7 +49,14 @@ class Journal:
     def show(self, presence: Presence) -> None:
         """Leave the present state where `midge-device status` reads it. Need not survive."""
         data = messages.encode_json(presence)
-        write_atomic(self.folder / "status.json", data, disk=self.disk, durable=False)
+        write_atomic(self._shown, data, disk=self.disk, durable=False)
+
+    def shown(self) -> dict[str, object] | None:
+        """The state that was shown last; None if there is none that can be read."""
+        try:
+            return msgspec.json.decode(self._read(self._shown) or b"", type=dict[str, object])
+        except (msgspec.MsgspecError, ValueError, RecursionError):
+            return None  # it is written without a sync: a power cut may leave nothing of it
 
     def boot(self) -> int:
         """Count one more start of the process, and say which it is."""

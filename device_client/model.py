@@ -78,7 +78,7 @@ def kept(folder: Path, kind: Kind, *, disk: Disk = REAL_DISK) -> int | None:
     try:
         with disk_errors(path):
             return _version(decode_task(disk.read(path))[0]) if disk.exists(path) else None
-    except PeerError:
+    except (PeerError, ValueError):  # a header is not sealed: its version may be no number
         return None
 
 

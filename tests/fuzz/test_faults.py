@@ -17,15 +17,18 @@ from broker_bridge.limits import LIMITS
 from broker_bridge.link.base import Disconnected
 from broker_bridge.link.paho_session import SessionSettings
 from broker_bridge.task.samples import preprocess
-from broker_bridge.task.taskfile import Standardise, Task, Window, decode_plan
+from broker_bridge.task.taskfile import Standardise, Task, Window, decode_plan, decode_task
 from broker_bridge.wire.enrolment import Bundle
+from broker_bridge.wire.messages import Presence
 from device_client import identity as identities
+from device_client import model as models
 from device_client.config import DeviceConfig
 from device_client.journal import Journal
 from server.fleet.backup import restore
 from server.fleet.home import Home
 from server.fleet.sealed_file import Cost, Writer
 from tests.broker_bridge.task.test_samples import TASK
+from tests.fleets import TASK as WEARABLES
 from tests.fuzz.answering import CONNACK_5, Driven, follow, listener
 from tests.fuzz.contents import TFLITE, task_seeds
 from tests.fuzz.targets import TARGETS
@@ -107,6 +110,26 @@ def test_a_damaged_list_of_rounds_is_one_sentence(tmp_path: Path, damage: bytes)
 def test_a_damaged_count_of_starts_begins_again(tmp_path: Path, damage: bytes) -> None:
     (tmp_path / "boots").write_bytes(damage)
     assert Journal(tmp_path).boot() == 1
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_state_that_was_shown_is_none(tmp_path: Path, damage: bytes) -> None:
+    journal = Journal(tmp_path)
+    journal.show(Presence(state="ready", boot=3, role="train"))
+    assert (journal.shown() or {})["state"] == "ready"
+    (tmp_path / "status.json").write_bytes(damage)
+    assert journal.shown() is None
+
+
+def test_a_kept_model_whose_version_is_no_number_counts_as_none(tmp_path: Path) -> None:
+    plan, weights = decode_task(WEARABLES.read_bytes())
+    models.keep(tmp_path, "global", plan, weights, version=7, number=1)
+    assert models.kept(tmp_path, "global") == 7
+    path = tmp_path / "model" / "global.task"
+    data = path.read_bytes()
+    path.write_bytes(data.replace(b'"model":"7"', b'"model":"?"'))
+    assert path.read_bytes() != data
+    assert models.kept(tmp_path, "global") is None
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
