@@ -171,6 +171,11 @@ class TaskRuntime:
         try:
             return self._runners[signature](**feed)  # type: ignore[no-any-return]
         except RuntimeError as error:
+            if "gather index out of bounds" in str(error):
+                raise LocalError(
+                    f"the data has a token or index beyond those that the task "
+                    f"{self.task.name!r} knows; look for it in the inputs and labels"
+                ) from None
             if "delegate" not in str(error):
                 raise
         # LiteRT's XNNPACK refuses some sums and products that its own kernels can do.

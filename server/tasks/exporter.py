@@ -31,8 +31,8 @@ from server.tasks.graph import Graph, graph_of, unique_names
 from server.tasks.objectives import Objective, objective_of
 from server.tasks.optimisers import Rule, rule_of
 from server.tasks.options import TaskOptions
+from server.tasks.ranges import token_ranges
 from server.tasks.selfcheck import Subject, check_task
-from server.tasks.tracing import all_layers
 
 __all__ = ["Built", "build_task", "export", "load_model_file", "subject_of"]
 
@@ -92,7 +92,7 @@ def export(model: Any, options: TaskOptions) -> Built:
         tflite,
         weights,
         float(optimiser.learning_rate),
-        _token_ranges(model),
+        token_ranges(graph.functions["infer"], len(inputs)),
     )
     return Built(task, tflite, weights, Subject(model, objective, optimiser, graph.variables))
 
@@ -173,21 +173,6 @@ def _spec(tensor: Any, what: str) -> TensorSpec:
             "dtype='float32'"
         )
     return TensorSpec(name, dtype, tuple(shape))
-
-
-def _token_ranges(model: Any) -> tuple[tuple[float, float] | None, ...]:
-    """Return for each input that an Embedding reads the numbers it knows, else None."""
-    known: dict[str, int] = {}
-    for layer in all_layers(model):
-        if not isinstance(layer, keras.layers.Embedding):
-            continue
-        for node in layer._inbound_nodes:
-            for tensor in node.input_tensors:
-                name = tensor.name
-                known[name] = min(layer.input_dim, known.get(name, layer.input_dim))
-    return tuple(
-        (0.0, known[tensor.name] - 1.0) if tensor.name in known else None for tensor in model.inputs
-    )
 
 
 def _optimiser(model: Any, options: TaskOptions) -> Any:
