@@ -1,6 +1,8 @@
 """Boot partitions as folders and as images: the same calls, the same bytes."""
 
 import lzma
+import mmap
+import shutil
 import struct
 
 import pytest
@@ -47,6 +49,20 @@ def test_a_card_without_room_is_refused(tmp_path):
     card = ImageCard(cards.make_image(tmp_path / "card.img", cards.TRIXIE))
     with pytest.raises(LocalError, match="with room on its boot partition"):
         card.write({"midge/much": bytes(41 << 20)})
+
+
+def test_a_folder_without_room_is_refused_before_anything_is_written(tmp_path):
+    folder = cards.make_folder(tmp_path / "bootfs", cards.TRIXIE)
+    card = FolderCard(folder)
+    card.check_room(FILES)
+    with (tmp_path / "much").open("w+b") as file:
+        file.truncate(shutil.disk_usage(folder).free + (1 << 30))  # sparse: it takes no room
+        with (
+            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as much,
+            pytest.raises(LocalError, match="make room"),
+        ):
+            card.check_room({"midge/much": much})
+    assert cards.tree_of(folder) == cards.TRIXIE
 
 
 @pytest.mark.parametrize(

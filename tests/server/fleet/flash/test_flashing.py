@@ -265,18 +265,13 @@ def test_the_wifis_key_is_written_over_where_it_is(folder):
 def test_a_card_that_became_read_only_installs_and_says_what_is_left(folder, tmp_path):
     flash(FolderCard(folder), targets=(cards.target_of_this_machine(),))
     root = tmp_path / "root"
-    # As root nothing else is refused: a read-only mount, in a namespace of its own.
-    script = (
-        'mount --bind "$1" "$1" && mount -o remount,bind,ro "$1" && '
-        'exec sh "$1/midge/first-boot.sh" "$2"'
-    )
-    done = subprocess.run(
-        ["unshare", "--mount", "--map-root-user", "sh", "-c", script, "sh", str(folder), str(root)],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    if "unshare failed" in done.stderr:
-        cards.leave_out(f"no namespaces here: {done.stderr}")
+    for path in (folder, *folder.rglob("*")):
+        path.chmod(path.stat().st_mode & 0o555)
+    script = [*cards.plainly(), "sh", str(folder / "midge" / "first-boot.sh"), str(root)]
+    done = subprocess.run(script, capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stdout + done.stderr
+    for path in (folder, *folder.rglob("*")):
+        path.chmod(path.stat().st_mode | 0o200)
     assert "secrets are still on the boot partition" in done.stdout
     assert (root / "var/lib/midge/device.bundle").read_bytes() == TOKEN
 
