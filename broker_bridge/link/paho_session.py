@@ -218,8 +218,10 @@ class PahoSession(QueuedLink):
         tick_s = min(self._settings.keepalive_s / 4, 15.0)
         if not self._greeted(this):
             return min(tick_s, this.greeting_ends_s - now + 0.01)
-        held_back = self._outgoing and self._next_publish_s > now
-        return min(tick_s, self._next_publish_s - now) if held_back else tick_s
+        has_room = len(self._inflight) < self._limits.inflight_max
+        if self._outgoing and has_room:  # held back by the pace; its turn may have come by now
+            return min(tick_s, max(0.0, self._next_publish_s - now))
+        return tick_s
 
     def _prepare(self, this: Connection) -> tuple[bool, bool]:
         """Hand over what is queued; say whether to wait for reading and for writing."""

@@ -5,8 +5,10 @@ import dataclasses
 import logging
 import os
 import random
+import select
 import socket
 import threading
+import time
 
 import pytest
 
@@ -28,6 +30,7 @@ from tests.broker_bridge.link.reading import (
     reason_of,
     subscribed,
 )
+from tests.fuzz.answering import Driven
 
 VERSIONS = pytest.mark.parametrize("protocol", ["5.0", "3.1.1"])
 
@@ -279,6 +282,28 @@ def test_a_pace_loses_nothing(plain_broker, links):
     assert link.flush(GIVE_UP_S)
     link.publish("t", b"end")
     assert [int(m.payload) for m in messages_until(reader, b"end")] == list(range(50))
+
+
+def test_a_publish_whose_turn_came_while_nobody_looked_is_not_left_lying(plain_broker):
+    """Between two looks at the clock a busy machine may let any time pass."""
+    link = Driven(
+        SessionSettings(
+            host="127.0.0.1", port=plain_broker().port, client_id="paced", publishes_per_s=0.001
+        )
+    )
+    link.publish("t", b"first")
+    link.publish("t", b"second")
+    this = link._begin()
+    link._dial(this)
+    while len(link._outgoing) > 1 or link._inflight:
+        assert link._goes_on(this, time.monotonic())
+        reading, writing = link._prepare(this)
+        select.select([this.socket], [this.socket] if writing else [], [], 1.0)
+        link._work(this, readable=reading, writable=writing)
+    turn_s = link._next_publish_s
+    assert link._wait_s(this, turn_s - 2.0) == pytest.approx(2.0)
+    assert link._wait_s(this, turn_s + 0.001) == 0.0
+    this.socket.close()
 
 
 # ------------------------------------------------------------------ back-pressure
