@@ -115,12 +115,16 @@ def _claim(port: int) -> None:
         _CLAIMS.append(claim)
 
 
+_TIED = ["setpriv", "--pdeathsig", "TERM", "--"]  # of util-linux; it becomes the command
+
+
 class LocalBroker:
     """One broker process. `with LocalBroker(folder, port=…) as broker:` starts and stops it.
 
     Writes its configuration, its log and its database into `folder`. `conf_text` replaces
     the shipped mosquitto.conf (and means no TLS for iotcore): for tests. `conf_more` goes
-    below it, as it is. Not `shipped_acl`: the folder's mosquitto.acl is kept as it is.
+    below it, as it is. Not `shipped_acl`: the folder's mosquitto.acl is kept as it is. `tied`: it
+    ends with the thread that started it, however that ended, where this machine can do so.
     """
 
     def __init__(
@@ -133,6 +137,7 @@ class LocalBroker:
         conf_text: str | None = None,
         conf_more: str = "",
         shipped_acl: bool = True,
+        tied: bool = False,
     ) -> None:
         self.folder = folder.absolute()
         self.port = port
@@ -142,6 +147,7 @@ class LocalBroker:
         self._conf_text = conf_text
         self._conf_more = conf_more
         self._shipped_acl = shipped_acl
+        self._tied = _TIED if tied and shutil.which(_TIED[0]) else []
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -173,7 +179,7 @@ class LocalBroker:
         with open(self.log_path, "ab", opener=owner_only) as log:
             # A session of its own: Ctrl-C is for us, and the broker goes last.
             self._process = subprocess.Popen(
-                command,
+                [*self._tied, *command],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

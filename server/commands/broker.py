@@ -39,7 +39,7 @@ def broker(folder: Path, bind: str, port: int | None) -> None:
     stopped = stop_on_signals()
     chosen = port or where.port
     heard = keep_broker_files(home)
-    running = LocalBroker(home.broker, port=chosen, bind=bind, shipped_acl=False)
+    running = LocalBroker(home.broker, port=chosen, bind=bind, shipped_acl=False, tied=True)
     trouble = ""
     with followed(home), running:
         say_heard(home, heard)

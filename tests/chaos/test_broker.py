@@ -1,6 +1,7 @@
 """A broker that dies, forgets, stays away or drops what it cannot hold: no receipt is revoked."""
 
 import shutil
+import socket
 import time
 from contextlib import closing
 
@@ -8,7 +9,7 @@ import pytest
 
 from broker_bridge.link.local_broker import LocalBroker, find_mosquitto, shipped_file
 from server.store.database import Database
-from tests.fleets import TOPICS, wait_until
+from tests.fleets import MIDGE, TOPICS, wait_until
 
 pytestmark = pytest.mark.skipif(find_mosquitto() is None, reason="needs mosquitto")
 
@@ -130,3 +131,20 @@ def test_a_broker_at_its_queue_limit_drops_messages_and_the_round_ends(fleets):
     wait_until(lambda: fleet.state_of("ann").get("state") == "ready", "ann is there")
     fleet.start_run(rounds=1, target=2, quorum=2)
     wait_until(lambda: "round 1 closed: 2 updates" in fleet.server.log, "the round ends", 180)
+
+
+def test_a_broker_whose_midge_was_killed_is_not_left_behind_to_hold_its_port(fleets):
+    fleet = fleets()
+    command = (*MIDGE, "broker", "--dir", str(fleet.home.folder), "--port", str(fleet.port))
+    first = fleet._run(fleet.folder / "first.log", *command)
+    first.wait_for("listens on")
+    first.kill()
+    held = f"port {fleet.port}"
+    wait_until(lambda: not is_held(fleet.port), f"{held} is free")
+    second = fleet._run(fleet.folder / "second.log", *command)
+    second.wait_for("listens on")
+
+
+def is_held(port):
+    with socket.socket() as one:
+        return one.connect_ex(("127.0.0.1", port)) == 0
