@@ -36,6 +36,7 @@ __all__ = ["Round"]
 Status = Literal["going", "accepting", "accepted", "rejected"]
 _REASON_CHARS_MAX = 500  # what an `Ack` takes
 _REVOKED = "the device was revoked"
+_AT_ONCE = "as many uploads are open as may be at once"
 _NO_ROOM = "the server has no room on its disk"
 
 
@@ -165,6 +166,9 @@ class Round:
             wait_s = max(self._rules.retry_after_s, (self.over_s - now_s) / 8)
             busy = Busy(round=join.round, retry_after_s=wait_s, reason="the cohort is full")
             return [Send(device, busy)]
+        if place is None and self._free(self._rules.uploads_max, "going", "accepting") < 1:
+            busy = Busy(round=join.round, retry_after_s=self._rules.retry_after_s, reason=_AT_ONCE)
+            return [Send(device, busy)]
         effects: list[Effect] = []
         if place is None or place.init is not None:
             # A device that joins again after its commit has lost its outbox: a new attempt,
@@ -183,13 +187,17 @@ class Round:
         return [*effects, Send(device, self._go(place))]
 
     def _full(self) -> bool:
-        """Whether every place is taken. A device that was lost gives its place to another."""
-        most = min(invitations(self.target), self._rules.uploads_max)
-        places = self.count("going", "accepting", "accepted")
-        if places < most:
-            return False
-        lost = sum(u.status == "going" and self._is_lost(u.device) for u in self.uploads.values())
-        return places - lost >= most
+        """Whether every place of the cohort is taken."""
+        return self._free(invitations(self.target), "going", "accepting", "accepted") < 1
+
+    def _free(self, most: int, *statuses: str) -> int:
+        """How many of `most` places are free. A device that was lost gives its place to another."""
+        free = most - self.count(*statuses)
+        if free > 0:
+            return free
+        return free + sum(
+            u.status == "going" and self._is_lost(u.device) for u in self.uploads.values()
+        )
 
     def _packet_bytes(self, join: Join) -> int:
         wanted = min(join.packet_bytes_max or self._rules.packet_bytes_max, LIMITS.packet_bytes_max)

@@ -55,6 +55,19 @@ def test_more_are_let_in_than_are_needed_and_then_the_cohort_is_full() -> None:
     assert busy.retry_after_s > 0
 
 
+def test_no_more_uploads_are_open_at_once_than_may_be_and_the_others_come_later() -> None:
+    server = Server(online=20, uploads_max=3)
+    server.start(target=10)
+    for i in range(3):
+        assert isinstance(messages_to(f"d{i}", server.join(f"d{i}"))[0], Go)
+    (busy,) = messages_to("d3", server.join("d3"))
+    assert isinstance(busy, Busy)
+    assert "as many uploads are open" in busy.reason
+    for i in range(10):  # as one is done, another may come: the target is reached all the same
+        assert messages_to(f"d{i}", server.upload(f"d{i}"))[-1].status == "accepted"
+    assert server.model == 1
+
+
 def test_a_lost_devices_place_is_given_away() -> None:
     server = Server(online=20)
     server.start(target=10)
