@@ -10,7 +10,7 @@ import keras
 from broker_bridge.errors import LocalError, MidgeError
 from server.tasks.tracing import all_layers
 
-__all__ = ["explain", "naming_the_layer", "refuse_layers", "refuse_losses_from_data"]
+__all__ = ["explain", "in_one_line", "naming_the_layer", "refuse_layers", "refuse_losses_from_data"]
 
 _OPS = {
     "Erf": "use gelu with approximate=True",
@@ -99,6 +99,11 @@ def naming_the_layer(model: Any) -> Iterator[None]:
         ) from error
 
 
+def in_one_line(error: Exception) -> str:
+    """Return what the error says, and in which layer, without Keras' list of arguments."""
+    return _reason(error) + _place(error)
+
+
 def _place(error: Exception) -> str:
     """Return the layer that Keras or TensorFlow names in their long messages."""
     found = re.search(r"when calling (?:layer )?'?([\w.]+)'?", str(error))
@@ -113,7 +118,8 @@ def _reason(error: Exception) -> str:
     if named:
         return named[-1].split(": ", 1)[1]
     told = [line for line in lines if not line.startswith(("in user code", "File ", "Exception"))]
-    return (told or lines or [type(error).__name__])[0]
+    first, *more = told or lines or [type(error).__name__]
+    return f"{first} {more[0]}" if more and first.endswith(":") else first
 
 
 def explain(error: Exception, graph: Any) -> LocalError:

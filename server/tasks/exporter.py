@@ -8,6 +8,7 @@ back as it went in.
 import hashlib
 import importlib
 import importlib.util
+import math
 import os
 import sys
 import tempfile
@@ -20,6 +21,7 @@ from typing import Any
 
 import keras
 import msgspec
+import numpy as np
 import tensorflow as tf
 
 from broker_bridge.errors import LocalError
@@ -80,6 +82,7 @@ def export(model: Any, options: TaskOptions) -> Built:
             batch_size=options.batch_size,
             evaluation_batch_size=options.evaluation_batch_size,
         )
+    _refuse_settings(options, objective, graph)
     tflite = _convert(graph)
     weights = wire.encode(graph.initial)
     task = _task(
@@ -95,6 +98,22 @@ def export(model: Any, options: TaskOptions) -> Built:
         token_ranges(graph.functions["infer"], len(inputs)),
     )
     return Built(task, tflite, weights, Subject(model, objective, optimiser, graph.variables))
+
+
+def _refuse_settings(options: TaskOptions, objective: Objective, graph: Graph) -> None:
+    for name, array in graph.initial.items():
+        if not np.isfinite(array).all():
+            raise LocalError(f"the model's weight {name!r} starts as NaN or infinity")
+    for name in ("learning_rate", "proximal_mu", "clip_norm"):
+        value = getattr(options, name)
+        if value is not None and not (math.isfinite(value) and value >= 0):
+            raise LocalError(f"{name} is {value}: give a number from 0 up")
+    classes = objective.classes
+    if options.label_names and classes not in (None, len(options.label_names)):
+        raise LocalError(
+            f"there are {len(options.label_names)} label names, and the model tells {classes} "
+            "classes apart: name each, in order"
+        )
 
 
 def subject_of(model: Any, options: TaskOptions, task: Task) -> Subject:
@@ -134,7 +153,9 @@ def load_model_file(path: str, function: str = "model") -> tuple[Any, TaskOption
     except LocalError:
         raise
     except Exception as error:
-        raise LocalError(f"{path} failed: {type(error).__name__}: {error}") from error
+        raise LocalError(
+            f"{path} failed: {type(error).__name__}: {advice.in_one_line(error)}"
+        ) from error
     if not isinstance(model, keras.Model):
         raise LocalError(f"{path}: {function}() returned {type(model).__name__}, not a Keras model")
     return model, getattr(module, "options", TaskOptions(name=file.stem))

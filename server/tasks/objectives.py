@@ -43,6 +43,13 @@ class Objective:
     label: TensorSpec
     label_range: tuple[float, float] | None
 
+    @property
+    def classes(self) -> int | None:
+        """How many classes integer labels number; None if the labels are no class numbers."""
+        if self.label.dtype == "float32" or self.label_range is None:
+            return None
+        return int(self.label_range[1]) + 1
+
     def batch_loss(self, y: Any, output: Any, sample_weight: Any, present: Any) -> Any:
         """Return what Keras would minimise for the batch's real rows."""
         sample_weight = self.row_weights(y, output, sample_weight)

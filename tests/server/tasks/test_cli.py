@@ -27,6 +27,19 @@ def broken():
 
 def nothing():
     return 5
+
+class Choosing(keras.layers.Layer):
+    def call(self, x):
+        return x if x[0, 0] > 0 else -x
+
+def choosing():
+    inputs = keras.Input((4,))
+    return keras.Model(inputs, Choosing()(inputs))
+
+def spoilt():
+    spoilt = model()
+    spoilt.layers[0].kernel.assign(spoilt.layers[0].kernel * float("nan"))
+    return spoilt
 """
 TASK = "examples/digits/digits.task"
 
@@ -136,6 +149,10 @@ def test_inspect_and_try_never_import_tensorflow() -> None:
         (["build", "{}", "--function", "broken"], "failed: RuntimeError: no such weights"),
         (["build", "{}", "--function", "nothing"], "nothing() returned int, not a Keras model"),
         (["build", "{}", "--function", "bare"], "has no loss: compile it with one"),
+        (["build", "{}", "--function", "choosing"], "Choosing\n"),
+        (["build", "{}", "--function", "spoilt"], "'sequential/dense/kernel' starts as NaN"),
+        (["build", "{}", "--learning-rate", "nan"], "learning_rate is nan: give a number from 0"),
+        (["build", "{}", "--label-name", "one"], "1 label names, and the model tells 3 classes"),
         (["build", "{}", "--loss", "huh"], "there is no loss 'huh'"),
         (["build", "{}", "-o", "/no/such/folder/x.task"], "/no/such/folder/x.task"),
         (["inspect", "/no/such.task"], "/no/such.task: "),
@@ -150,3 +167,4 @@ def test_a_mistake_gets_one_sentence_and_exit_code_2(
     assert done.returncode == 2, done.stderr
     assert sentence in done.stderr
     assert "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
