@@ -37,10 +37,10 @@ Batch statistics (BatchNormalization) travel with the weights and are averaged l
 examples. Random layers are fed fresh numbers at every step, from a seed that the round gives.
 Recurrent layers are unrolled: the file grows with the length of the sequence.
 
-Refused with advice: Conv3D, MaxPooling3D, layers that are stateful, channels_first, look up text, or
-compute in another precision than float32; inputs of open shape; models with several outputs, with
-a train_step or compute_loss of their own, or with add_loss on the data; optimisers other than those
-below; learning-rate schedules; metrics that are not means over samples (AUC).
+Refused with advice: Conv3D, MaxPooling3D, layers that are stateful, channels_first, look up text,
+or compute in another precision than float32; inputs of open shape; models with several outputs,
+with a train_step or compute_loss of their own, or with add_loss on the data; optimisers other than
+those below; learning-rate schedules; metrics that are not means over samples (AUC).
 """
 
 
