@@ -78,6 +78,8 @@ class Relay(threading.Thread):
         self.mallory.by_kind[kind].append(message)
         self.mallory.meddled += len(around)
         middle = self.mallory.draw.randrange(len(around) + 1)
+        if kind == "state":  # who has the broker can say for ever that nobody is here
+            middle = len(around)
         return [*around[:middle], message, *around[middle:]]
 
 
