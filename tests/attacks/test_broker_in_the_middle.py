@@ -116,7 +116,11 @@ def done(tmp_path_factory):
         relay = Relay(*links)
         relay.mallory.draw = random.Random(7)
         relay.start()
-        fleet.start_server("--set", f"broker.port={port}")
+        # What she sends in a device's name counts against its share, so with shares she could keep
+        # a device out of a round; as she could by carrying nothing.
+        shares = ("limits.repeats_max=1000", "limits.control_per_minute=100000")
+        settings = (f"broker.port={port}", *shares)
+        fleet.start_server(*(word for each in settings for word in ("--set", each)))
         fleet.enrol(*DEVICES)
         for name in DEVICES:
             fleet.device(name).wait_for("connected")
