@@ -124,10 +124,23 @@ def probe_messages_wait_for_the_absent(bench):
     return {m.payload for m in messages_until(reader, b"end")} == {b"%d" % i for i in range(100)}
 
 
+def is_retained(bench, topic):
+    """Whether a newcomer gets it. NATS acknowledges a message a moment before that is so."""
+    newcomer = bench.link()
+    newcomer.subscribe([topic])
+    while (event := newcomer.receive(1.0)) is not None:
+        if isinstance(event, Message):
+            newcomer.ack(event)
+            break
+    newcomer.close()
+    return event is not None
+
+
 def probe_subscribing_again_brings_what_is_retained(bench):
     link = subscribed(bench.link(), echo="echo/again")
     link.publish("again", b"kept", retain=True)
     assert link.flush(20)
+    wait_until(lambda: is_retained(bench, "again"), "the broker retains it")
     link.subscribe(["again"])
     link.ack(event_of(link, Message))
     link.subscribe(["again"])
