@@ -17,6 +17,7 @@ from server.tasks import worker
 from server.tasks.checks import random_steps
 from server.tasks.exporter import export
 from server.tasks.options import TaskOptions
+from server.tasks.selfcheck import check_task
 from tests.server.tasks.compare import classifier, compare
 
 OPTIONS = TaskOptions(name="own", batch_size=4, evaluation_batch_size=8)
@@ -157,3 +158,18 @@ def test_keras_half_of_the_check_runs_without_the_kernel_that_corrupts_memory() 
         capture_output=True, text=True, check=True, env=left,
     )  # fmt: skip
     assert done.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize(
+    ("scale", "sentence"),
+    [(1.0, "please report this model"), (1e6, "Keras itself comes out .* one rounding off")],
+)
+def test_a_difference_that_any_two_sides_would_have_is_told_from_a_fault(scale, sentence):
+    """A fresh MobileNetV2 on random samples is of the second kind: nobody can reproduce it."""
+
+    def model(factor):
+        return dense(L.Dense(4), L.Lambda(lambda x: keras.ops.sin(x * factor)))
+
+    made, other = (export(model(scale * factor), OPTIONS) for factor in (1.0, 1.5))
+    with pytest.raises(LocalError, match=sentence):
+        check_task(made.plan, other.subject)
