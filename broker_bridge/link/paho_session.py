@@ -1,9 +1,9 @@
 """One MQTT session with one broker, step by step; whoever owns the thread does the waiting.
 
-The only file that uses paho. Every connection gets a fresh paho client, called from one
-thread and nowhere else (paho's documented "external loop": loop_read, loop_write,
-loop_misc), so paho's locks, threads and reconnect logic play no part. What the broker had
-not acknowledged is handed to the next connection. docs/decisions/0030 says why.
+Beside `paho_client.py` the only file that uses paho. Every connection gets a fresh client,
+called from one thread and nowhere else (paho's documented "external loop": loop_read,
+loop_write, loop_misc), so paho's locks, threads and reconnect logic play no part. What the
+broker had not acknowledged is handed to the next connection. docs/decisions/0030 says why.
 
 A session goes through `_begin`, `_dial`, then `_prepare` and `_work` for as long as
 `_goes_on`, and `_end`, which says how long to stay away. Only `_dial` blocks. `paho_link`
