@@ -148,6 +148,7 @@ class LocalBroker:
         self._conf_more = conf_more
         self._shipped_acl = shipped_acl
         self._tied = _TIED if tied and shutil.which(_TIED[0]) else []
+        self._log_start = 0
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -177,6 +178,7 @@ class LocalBroker:
         self._check_port()
         command = self._prepare()
         with open(self.log_path, "ab", opener=owner_only) as log:
+            self._log_start = log.tell()
             # A session of its own: Ctrl-C is for us, and the broker goes last.
             self._process = subprocess.Popen(
                 [*self._tied, *command],
@@ -228,15 +230,15 @@ class LocalBroker:
         """
         if self.engine != "mosquitto" or self._process is None:
             return
-        start, give_up = self.log_path.stat().st_size, time.monotonic() + wait_s
+        give_up = time.monotonic() + wait_s
+        # It listens a moment before it catches signals, and one that it does not catch ends it.
+        self._wait_for_word(b" running", self._log_start, give_up)
+        start = self.log_path.stat().st_size
         while self.is_running and time.monotonic() < give_up:
             # mosquitto 2.0.11 forgets a signal that comes while it still obeys the one before.
             self._process.send_signal(signal.SIGHUP)
-            again = time.monotonic() + 1.0
-            while time.monotonic() < again:
-                if b"Reloading config" in self.log_path.read_bytes()[start:]:
-                    return
-                time.sleep(0.01)
+            if self._wait_for_word(b"Reloading config", start, time.monotonic() + 1.0):
+                return
         raise LocalError(f"mosquitto did not read its files again; see {self.log_path}")
 
     def __enter__(self) -> "LocalBroker":
@@ -298,6 +300,16 @@ class LocalBroker:
                     "stop the program that holds it (perhaps another broker) or choose "
                     "another port"
                 ) from error
+
+    def _wait_for_word(self, word: bytes, start: int, give_up: float) -> bool:
+        """Whether the log says this, from byte `start` on, while the broker runs."""
+        while self.is_running and time.monotonic() < give_up:
+            with self.log_path.open("rb") as log:
+                log.seek(start)
+                if word in log.read():
+                    return True
+            time.sleep(0.01)
+        return False
 
     def _wait_until_up(self, wait_s: float) -> None:
         give_up = time.monotonic() + wait_s

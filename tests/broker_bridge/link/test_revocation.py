@@ -71,6 +71,22 @@ def test_each_list_is_believed_however_soon_it_follows_the_last(door, come_in):
     come_in("ward-4")
 
 
+def test_a_broker_that_has_only_begun_to_listen_is_not_ended_by_a_reload(pki, tmp_path):
+    """mosquitto listens before it catches signals; here a slow second listener lies between."""
+    many = tmp_path / "many.pem"
+    many.write_bytes(pki.files("ward-1").ca.read_bytes() * 5000)
+    second = (
+        f"listener {free_port()} 127.0.0.1\ncafile {many}\n"
+        f"certfile {pki.folder / 'broker.pem'}\nkeyfile {pki.folder / 'broker-key.pem'}\n"
+    )
+    first = "user mosquitto\nlistener 8883\nallow_anonymous true\n"
+    with LocalBroker(
+        tmp_path, port=free_port(), engine="mosquitto", conf_text=first, conf_more=second
+    ) as broker:
+        broker.reload()
+        assert broker.is_running
+
+
 def test_a_device_that_is_connected_is_mute_and_deaf_at_once(door, come_in):
     """mosquitto looks at a certificate once, so its list alone cuts nobody off: the rules do."""
     server = subscribed(come_in("midge-server"), "midge/v1/#", echo=f"{FED}/up/0/echo/x")
