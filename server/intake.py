@@ -39,6 +39,7 @@ _OPENED_BYTES_MAX = 64 * 1024 * 1024  # of updates on their way that are kept as
 class _Incoming:
     device: str
     init: Init
+    layout: Layout
     key: ChunkKey
     opened: dict[int, tuple[bytes, bytes]] = field(default_factory=dict)  # body and tag, by index
 
@@ -101,7 +102,7 @@ class Intake:
             key = update_key(
                 init.enc, binding, round_key=self.key, sender=device.kem_public, psk=device.psk
             )
-            incoming = _Incoming(device.name, init, key)
+            incoming = _Incoming(device.name, init, init.layout, key)
         self._spool.begin(init.upload, init.layout)
         self.uploads[init.upload] = incoming
         return tuple(self._spool.missing(init.upload))
@@ -115,7 +116,7 @@ class Intake:
         incoming = self.uploads.get(header.transfer)
         if incoming is None or incoming.device != device:
             raise PeerError("unasked_upload", f"{device} sent a chunk that nobody asked for")
-        incoming.init.layout.check(header, chunk)
+        incoming.layout.check(header, chunk)
         body = open_chunk(chunk, incoming.key)
         if self._spool.put(header.transfer, header.index, chunk):
             self._remember(incoming, header.index, body, chunk[-AEAD_TAG_BYTES:])

@@ -13,6 +13,9 @@ import hashlib
 import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
+
+import msgspec
 
 from broker_bridge.errors import PeerError
 from broker_bridge.limits import LIMITS
@@ -32,15 +35,14 @@ __all__ = [
     "tags_digest",
 ]
 
-_HEADER = struct.Struct("<2sBx8sIIxxxx")  # magic, version, transfer, index, count
+_HEADER = struct.Struct("<2sBB8sIII")  # magic, version, 0, transfer, index, count, 0
 _MAGIC = b"mg"
 _VERSION = 1
 TRANSFER_ID_BYTES = 8
 CHUNK_OVERHEAD_BYTES = _HEADER.size + AEAD_TAG_BYTES
 
 
-@dataclass(frozen=True)
-class ChunkHeader:
+class ChunkHeader(msgspec.Struct, frozen=True):
     """Which chunk of which transfer this is."""
 
     transfer: bytes
@@ -49,22 +51,21 @@ class ChunkHeader:
 
     def encode(self) -> bytes:
         """Return the 24 bytes that go before the ciphertext."""
-        return _HEADER.pack(_MAGIC, _VERSION, self.transfer, self.index, self.count)
+        return _HEADER.pack(_MAGIC, _VERSION, 0, self.transfer, self.index, self.count, 0)
 
 
 def chunk_header(chunk: bytes) -> ChunkHeader:
     """Read a chunk's header. Raises PeerError `bad_chunk`."""
     if len(chunk) < CHUNK_OVERHEAD_BYTES:
         raise PeerError("bad_chunk", "a chunk is cut short")
-    magic, version, transfer, index, count = _HEADER.unpack_from(chunk)
+    magic, version, spare, transfer, index, count, spare_too = _HEADER.unpack_from(chunk)
     if magic != _MAGIC:
         raise PeerError("bad_chunk", "these bytes are not a chunk")
     if version != _VERSION:
         raise PeerError("bad_version", f"a chunk of version {version}; this is version {_VERSION}")
-    header = ChunkHeader(transfer, index, count)
-    if not 0 < count <= LIMITS.chunks_max or index >= count or header.encode() != chunk[:24]:
+    if not index < count <= LIMITS.chunks_max or spare or spare_too:
         raise PeerError("bad_chunk", "a chunk's header contradicts itself")
-    return header
+    return ChunkHeader(transfer, index, count)
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class Layout:
         """Cut so that each MQTT packet, headers and all, is at most `packet_bytes`."""
         return cls(total_bytes, packet_bytes - LIMITS.packet_overhead_bytes - CHUNK_OVERHEAD_BYTES)
 
-    @property
+    @cached_property
     def count(self) -> int:
         """How many chunks."""
         return -(-self.total_bytes // self.body_bytes)
