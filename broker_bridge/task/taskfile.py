@@ -1,7 +1,9 @@
 """The `.task` file: a model that can be trained, and all a device must know to train it.
 
-Layout: the line `midge-task 1`, header length (u32, little-endian), header (JSON),
-the .tflite bytes, and in a file the initial weights (`broker_bridge.wire.weights`).
+Layout: the line `midge-task 2`, header length (u32, little-endian), SHA-256 of the header,
+header (JSON), the .tflite bytes, and in a file the initial weights (`broker_bridge.wire.weights`).
+The header holds the digests of these two, so no byte can be altered without a word. Version 1,
+which is still read, had no digest of the header.
 A *plan* is the same without the weights: what devices fetch from the broker.
 
 `decode_plan` and `decode_task` promise that every length and digest fits and that
@@ -42,8 +44,9 @@ __all__ = [
 ]
 
 _NAME = b"midge-task "
-_MAGIC = _NAME + b"1\n"
+_VERSION_1, _VERSION_2 = _NAME + b"1\n", _NAME + b"2\n"
 _LENGTH = struct.Struct("<I")
+_DIGEST_BYTES = 32
 _DTYPES = ("float32", "int32", "int64", "uint8", "bool")
 
 
@@ -146,7 +149,8 @@ class Plan:
 def encode_plan(task: Task, tflite: bytes) -> bytes:
     """Return what devices fetch: header and .tflite, no weights."""
     header = msgspec.json.encode(task)
-    return b"".join((_MAGIC, _LENGTH.pack(len(header)), header, tflite))
+    digest = hashlib.sha256(header).digest()
+    return b"".join((_VERSION_2, _LENGTH.pack(len(header)), digest, header, tflite))
 
 
 def encode_task(task: Task, tflite: bytes, weights: bytes) -> bytes:
@@ -205,24 +209,33 @@ def _bad(sentence: str) -> PeerError:
 
 
 def _decode_header(data: bytes) -> tuple[Task, int]:
-    if not data.startswith(_MAGIC):
+    """Return the header, and where what is behind it begins."""
+    start = len(_VERSION_2) + _LENGTH.size
+    if data.startswith(_VERSION_2):
+        start += _DIGEST_BYTES
+    elif not data.startswith(_VERSION_1):
         if data.startswith(_NAME):
             raise _bad("this task was made by a newer midge: update midge on this machine")
         raise _bad("this is not a midge task")
-    start = len(_MAGIC) + _LENGTH.size
     if len(data) < start:
         raise _bad("the task is cut short: copy or build it again")
-    (length,) = _LENGTH.unpack_from(data, len(_MAGIC))
+    (length,) = _LENGTH.unpack_from(data, len(_VERSION_2))
     if length > LIMITS.task_header_bytes_max:
         raise _bad("the header is larger than any task needs")
-    if len(data) < start + length:
+    end = start + length
+    if len(data) < end:
         raise _bad("the task is cut short: copy or build it again")
+    header = data[start:end]
+    if data.startswith(_VERSION_2):
+        digest = data[start - _DIGEST_BYTES : start]
+        if hashlib.sha256(header).digest() != digest:
+            raise _bad("the header does not have the digest before it: copy or build it again")
     try:
-        task = msgspec.json.decode(data[start : start + length], type=Task)
+        task = msgspec.json.decode(header, type=Task)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise _bad(f"unreadable header: {error}") from None
     _check(task)
-    return task, start + length
+    return task, end
 
 
 def _plan(task: Task, data: bytes, start: int) -> Plan:

@@ -54,6 +54,12 @@ def file_for(**changes: object) -> bytes:
     return encode_task(task_for(**changes), TFLITE, wire.encode(WEIGHTS))  # type: ignore[arg-type]
 
 
+def _file_of(header: bytes) -> bytes:
+    """A plan with any header, and a digest that fits."""
+    digest = hashlib.sha256(header).digest()
+    return b"midge-task 2\n" + struct.pack("<I", len(header)) + digest + header + TFLITE
+
+
 @given(st.binary(max_size=200), st.text(max_size=20), st.integers(1, 9))
 def test_what_is_encoded_is_decoded(tflite: bytes, description: str, batch_size: int) -> None:
     task = task_for(
@@ -80,13 +86,23 @@ def test_a_file_or_plan_cut_short_at_any_length_is_refused() -> None:
             decode_plan(plan[:length])
 
 
-def test_an_altered_byte_anywhere_behind_the_header_is_refused() -> None:
+def test_an_altered_byte_anywhere_is_refused() -> None:
     file = file_for()
-    for place in range(file.index(TFLITE), len(file)):
+    for place in range(len(file)):
         altered = bytearray(file)
         altered[place] ^= 1
-        with pytest.raises(PeerError, match="digest"):
+        with pytest.raises(PeerError) as caught:
             decode_task(bytes(altered))
+        if place >= len(b"midge-task 2\n") + 4:
+            assert "digest" in str(caught.value)
+
+
+def test_a_header_that_was_edited_is_refused_though_it_makes_sense() -> None:
+    file = file_for()
+    edited = file.replace(b'"batch_size":4', b'"batch_size":8')
+    assert len(edited) == len(file)
+    with pytest.raises(PeerError, match="the header does not have the digest before it"):
+        decode_task(edited)
 
 
 def test_bytes_behind_the_end_are_refused() -> None:
@@ -101,7 +117,7 @@ def test_a_plan_with_weights_is_not_a_plan() -> None:
 
 def test_a_newer_format_says_so() -> None:
     with pytest.raises(PeerError, match="newer midge"):
-        decode_plan(b"midge-task 2\n" + file_for()[13:])
+        decode_plan(b"midge-task 3\n" + file_for()[13:])
 
 
 def test_another_file_is_not_a_task() -> None:
@@ -111,14 +127,14 @@ def test_another_file_is_not_a_task() -> None:
 
 def test_an_absurd_header_length_is_refused_before_it_is_read() -> None:
     with pytest.raises(PeerError, match="larger than any task"):
-        decode_plan(b"midge-task 1\n" + struct.pack("<I", 2**32 - 1))
+        decode_plan(b"midge-task 2\n" + struct.pack("<I", 2**32 - 1) + bytes(32))
 
 
 def test_an_unknown_field_is_refused() -> None:
     header = msgspec.json.decode(msgspec.json.encode(task_for())) | {"extra": 1}
     data = msgspec.json.encode(header)
     with pytest.raises(PeerError, match="extra"):
-        decode_plan(b"midge-task 1\n" + struct.pack("<I", len(data)) + data + TFLITE)
+        decode_plan(_file_of(data))
 
 
 @pytest.mark.parametrize(
@@ -152,10 +168,13 @@ def test_weights_of_another_task_are_refused() -> None:
         weights_of(task, WEIGHTS | {"dense/bias": np.zeros(4, np.float32)})
 
 
-def test_the_format_of_version_1_stays_readable() -> None:
-    frozen = Path(__file__).with_name("version_1.task")
-    plan, weights = decode_task(frozen.read_bytes())
-    assert plan.task.name == "small"
-    assert plan.tflite == TFLITE
-    assert frozen.read_bytes() == file_for()
+@pytest.mark.parametrize("version", [1, 2])
+def test_the_formats_of_every_version_stay_readable(version: int) -> None:
+    frozen = Path(__file__).with_name(f"version_{version}.task").read_bytes()
+    plan, weights = decode_task(frozen)
+    assert plan == Plan(task_for(), TFLITE, plan.digest)
     assert list(weights) == list(WEIGHTS)
+
+
+def test_the_newest_format_is_written_as_it_always_was() -> None:
+    assert Path(__file__).with_name("version_2.task").read_bytes() == file_for()
