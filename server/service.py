@@ -506,6 +506,8 @@ class Service:
                 ok=reply.ok, cmd=reply.cmd, id=reply.id, error=reply.error,
                 status=reply.status | {"model_version": self._ledger.model_version},
             )  # fmt: skip
+        if reply.cmd and reply.error:  # whoever used mosquitto_pub does not hear the answer
+            log.warning("%s: %s", reply.cmd, reply.error)
         data = messages.encode_json(reply)
         if reply.id is not None and reply.cmd != "status":
             try:

@@ -84,6 +84,11 @@ def test_a_repeated_request_is_answered_again_and_not_carried_out_again(arena):
     assert arena.status()["phase"] == "open"
 
 
+def test_a_start_that_is_refused_is_in_the_log_too(world, caplog):
+    reply = world.tell(cmd="start", task="wearable")
+    assert f"start: {reply['error']}" in caplog.text
+
+
 def test_a_start_of_an_unknown_task_says_which_there_are(world):
     reply = world.tell(cmd="start", task="nonsense")
     assert not reply["ok"]
