@@ -34,7 +34,7 @@ from device_client.identity import Identity
 from device_client.inference import infer, predict
 from device_client.journal import Journal
 from device_client.options import FOLDER
-from device_client.outbox import Outbox
+from device_client.outbox import DamagedOutboxError, Outbox
 from device_client.readings import take_readings
 from device_client.sandbox.trainer import Sandbox, SandboxSettings
 from device_client.trainer import Progress
@@ -243,13 +243,12 @@ def status(folder: Path, as_json: bool) -> None:
         raise LocalError(
             f"{folder} holds no enrolled device; run `midge-device enrol BUNDLE --dir {folder}`"
         )
-    waiting = Outbox(folder / "outbox").load()
     journal = Journal(folder)
     memory = journal.memory()
     facts = _facts(identity) | {
         "state": journal.shown(),
         "rounds": {"highest": memory.round, "done": memory.done},
-        "outbox": waiting and {"round": waiting.round, "bytes": waiting.total_bytes},
+        "outbox": _waiting(folder),
         "model": models.kept(folder, "global"),
     }
     judged = _judged(folder, _settings(folder / "device.toml").eligibility)
@@ -265,6 +264,15 @@ def status(folder: Path, as_json: bool) -> None:
         click.echo(f"{name:12} {value if not isinstance(value, dict) else _brief(value)}")
     for verdict in verdicts:
         click.echo(f"{'may work' if verdict.holds else 'NOT NOW':12} {verdict.sentence}")
+
+
+def _waiting(folder: Path) -> dict[str, object] | None:
+    """What is in the outbox; what is damaged is left there for `run`."""
+    try:
+        found = Outbox(folder / "outbox").find()
+    except DamagedOutboxError as error:
+        return {"damaged": f"{error}; `midge-device run` throws it away when it starts"}
+    return None if found is None else {"round": found.round, "bytes": found.total_bytes}
 
 
 def _settings(path: Path) -> DeviceConfig:

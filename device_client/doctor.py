@@ -1,10 +1,9 @@
 """`midge-device doctor`: look at this device, its data and its broker, and say what to change.
 
-Looks, and changes nothing but what every start of `run` does (a damaged outbox is thrown
-away, PEM files are written again). It may run beside `midge-device run`, whose connection it
-leaves alone (unless the broker makes the user name the client id; then it cuts it off once).
-The samples are loaded as `run` would load them, and go nowhere. `broker_bridge.checkup` says
-what the levels mean.
+Looks, and changes nothing but what every start of `run` does (PEM files are written again).
+It may run beside `midge-device run`, whose connection it leaves alone (unless the broker makes
+the user name the client id; then it cuts it off once). The samples are loaded as `run` would
+load them, and go nowhere. `broker_bridge.checkup` says what the levels mean.
 """
 
 import contextlib
@@ -33,7 +32,7 @@ from device_client.config import DeviceConfig
 from device_client.identity import Identity
 from device_client.journal import Journal
 from device_client.options import FOLDER
-from device_client.outbox import Outbox
+from device_client.outbox import DamagedOutboxError, Outbox
 from device_client.sandbox.trainer import Sandbox, SandboxSettings
 
 __all__ = ["doctor", "examine"]
@@ -161,7 +160,12 @@ def _rounds(folder: Path) -> Iterator[Finding]:
     yield Finding("rounds", "ok", seen)
     if not (folder / "outbox").is_dir():
         return
-    waiting = Outbox(folder / "outbox").load()
+    try:
+        waiting = Outbox(folder / "outbox").find()
+    except DamagedOutboxError as error:
+        advice = "nothing: `midge-device run` throws it away when it starts, and trains again"
+        yield Finding("outbox", "warning", str(error), advice)
+        return
     yield Finding(
         "outbox",
         "ok",

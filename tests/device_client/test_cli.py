@@ -257,6 +257,32 @@ def test_status_is_json_that_says_what_the_device_does(served, tmp_path):
     assert "Traceback" not in (served.folder / "busy.log").read_text()
 
 
+def below(folder):
+    return {p: (p.stat().st_mtime_ns, p.is_file() and p.read_bytes()) for p in folder.rglob("*")}
+
+
+def test_status_changes_nothing_and_leaves_a_damaged_update_to_the_agent(alone):
+    """It threw it away, and said that the outbox is empty."""
+    folder = alone.folder / "ann"
+    outbox = folder / "outbox" / "update.sealed"
+    assert json.loads(said("status", "--dir", folder, "--json").stdout)["outbox"] is None
+    assert not outbox.parent.exists(), "it made a folder"
+    outbox.parent.mkdir()
+    outbox.write_bytes(b"mgoutbx1 and then the card gave nothing more")
+    before = below(folder)
+    done = said("status", "--dir", folder, "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)["outbox"]["damaged"]
+    assert f"{outbox}: the update in it is damaged" in found
+    assert found in said("status", "--dir", folder).stdout
+    assert below(folder) == before
+    device = alone.device("ann")
+    device.wait_for(f"{outbox}: the update in it is damaged; it is thrown away")
+    wait_until(lambda: not outbox.exists(), "it is thrown away")
+    device.terminate()
+    assert device.log.count("damaged") == 1
+
+
 def test_a_settings_file_with_comments_is_left_for_the_owner(served):
     served.enrol("owned")
     served.device("owned")

@@ -147,6 +147,14 @@ def test_damaged_rounds_are_a_problem(device):
     assert "rounds" in broken(look(device))
 
 
+def test_a_damaged_update_is_a_warning_and_stays_where_it_is(device):
+    (device / "outbox").mkdir()
+    (device / "outbox" / "update.sealed").write_bytes(b"damage")
+    found = of(look(device), "outbox")
+    assert (found.level, "update.sealed" in found.found) == ("warning", True)
+    assert (device / "outbox" / "update.sealed").read_bytes() == b"damage"
+
+
 def test_an_expired_certificate_is_named_with_how_to_get_another(device):
     findings = look(device, NOW + timedelta(days=900))
     assert broken(findings) == {"cert device"}

@@ -1,5 +1,7 @@
 """The sealed update on disk: whole or not there, and the same bytes every time."""
 
+import threading
+
 import pytest
 
 from broker_bridge.errors import LocalError
@@ -7,7 +9,7 @@ from broker_bridge.wire.chunks import Layout, seal_chunks, tags_digest
 from broker_bridge.wire.envelope import ChunkKey
 from broker_bridge.wire.messages import Init
 from broker_bridge.wire.update import SealedUpdate
-from device_client.outbox import Outbox
+from device_client.outbox import DamagedOutboxError, Outbox
 
 MESSAGE = bytes(range(256)) * 20
 
@@ -65,6 +67,54 @@ def test_an_update_that_is_not_whole_does_not_exist(tmp_path):
         assert not path.exists(), "and is not looked at again"
     path.write_bytes(whole + b"x")
     assert Outbox(tmp_path).load() is None
+
+
+def test_whoever_only_looks_leaves_a_damaged_update_where_it_is(tmp_path):
+    Outbox(tmp_path).put(*update())
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(path.read_bytes()[:-1])
+    damaged = path.read_bytes()
+    with pytest.raises(DamagedOutboxError, match=r"update\.sealed: the update in it is damaged"):
+        Outbox(tmp_path).find()
+    assert path.read_bytes() == damaged
+
+
+def test_whoever_only_looks_makes_no_folder(tmp_path):
+    assert Outbox(tmp_path / "outbox").find() is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_update_that_is_thrown_away_is_said_once(tmp_path, caplog):
+    Outbox(tmp_path).put(*update())
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(b"")
+    outbox = Outbox(tmp_path)
+    assert (outbox.load(), outbox.load()) == (None, None)
+    (said,) = caplog.messages
+    assert str(path) in said
+    assert "thrown away" in said
+
+
+def test_whoever_looks_while_updates_come_and_go_sees_a_whole_one_or_none(tmp_path):
+    """`midge-device status` threw away what the agent had just sealed: it opened it three times."""
+    over = threading.Event()
+
+    def come_and_go():
+        outbox = Outbox(tmp_path)
+        for number in range(300):
+            outbox.put(*update(b"upload-%d" % (number % 10)))
+            if number % 3 == 0:
+                outbox.discard()
+        over.set()
+
+    writer = threading.Thread(target=come_and_go)
+    writer.start()
+    seen = set()
+    while not over.is_set():
+        found = Outbox(tmp_path).find()
+        seen.add(found and found.upload)
+    writer.join()
+    assert len(seen) > 1, "it looked in between"
 
 
 def test_a_file_that_is_no_update_does_not_exist(tmp_path):
