@@ -90,6 +90,8 @@ def check_samples(task: Task, samples: Samples) -> Samples:
             raise LocalError(f"{name!r} has {len(array)} rows, and there are {len(labels)} labels")
     if not len(labels):
         raise LocalError("the data has no samples: a device needs at least one to train")
+    if weights is not None and not weights.any():
+        raise LocalError("sample_weight is 0 in every row: nothing would be learned from this data")
     for spec, array, within in zip(task.inputs, inputs, task.input_ranges, strict=False):
         if within is not None:
             low, high = within

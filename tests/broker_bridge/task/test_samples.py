@@ -56,6 +56,7 @@ def test_labels_in_a_column_fit_a_task_with_plain_labels() -> None:
         (Samples((np.array([[0, 1], [2, 1e300], [4, 5]]),), Y), "row 1: 1e\\+300 does not fit"),
         (Samples((np.array([["a", "b"]] * 3),), Y), "has dtype <U1"),
         (Samples((X,), Y, np.array([1.0, -1.0, 1.0])), "sample_weight, row 1: -1.0 is negative"),
+        (Samples((X,), Y, np.zeros(3)), "sample_weight is 0 in every row"),
         (Samples((X,), Y, np.array([1.0, 1.0])), "'sample_weight' has 2 rows"),
         (Samples((np.float32(1),), Y), "single value"),
         (Samples((X,), np.eye(3)), r"\[3\].*needs \[\]: these are one-hot; .* numpy\.argmax"),
