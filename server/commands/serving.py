@@ -27,6 +27,7 @@ from server.commands.options import DIR, host_port
 from server.config import ServerConfig
 from server.coordinator import Coordinator
 from server.events import Rules
+from server.fleet.backup import remove_leftovers
 from server.fleet.enrolment import Registrar
 from server.fleet.expulsion import complete
 from server.fleet.home import Home
@@ -119,7 +120,8 @@ def _free_bytes(path: Path) -> int:
 
 @contextlib.contextmanager
 def _shut_out(home: Home) -> Iterator[None]:
-    """Before anything else: whatever a command that was killed has left undone (expulsion.py)."""
+    """Before anything else: whatever commands that were killed have left undone, or behind."""
+    remove_leftovers(home)
     with contextlib.closing(Database(home.database)) as db:
         complete(home, db)
     yield

@@ -14,7 +14,6 @@ import os
 import re
 import shutil
 import tarfile
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from io import BytesIO
@@ -23,7 +22,14 @@ from typing import BinaryIO, cast
 
 import msgspec
 
-from broker_bridge.disk import REAL_DISK, disk_errors, make_folder, sync_folder, write_atomic
+from broker_bridge.disk import (
+    REAL_DISK,
+    alone,
+    disk_errors,
+    make_folder,
+    sync_folder,
+    write_atomic,
+)
 from broker_bridge.errors import LocalError
 from broker_bridge.wire.envelope import random_bytes
 from server.fleet.home import Home
@@ -31,7 +37,7 @@ from server.fleet.sealed_file import Cost, Reader, Writer
 from server.old_copy import abandon_open, floor_above
 from server.store.database import Database
 
-__all__ = ["Contents", "Restored", "back_up", "left_out", "restore"]
+__all__ = ["Contents", "Restored", "back_up", "left_out", "remove_leftovers", "restore"]
 
 # The whole of these folders, and of broker/ and state/ what cannot be made again.
 _FILES = re.compile(
@@ -45,6 +51,7 @@ _FOLDERS = (
     "state/models",
 )  # fmt: skip
 _DATABASE = "state/midge.db"
+_COPY = "backup"  # below state/, while a backup is made
 _SETTINGS = "midge.toml"
 _CONTENTS = "backup.json"
 
@@ -82,17 +89,46 @@ def back_up(
     """
     if path.exists():
         raise LocalError(f"{path} is there already; choose another name, nothing was changed")
-    with disk_errors(home.state), tempfile.TemporaryDirectory(dir=home.state) as scratch:
-        copy = Path(scratch) / "midge.db"
-        with _whole(path) as out:
-            sealed = Writer(out, passphrase, cost=cost or Cost())  # takes a while
-            contents = _copied(home, copy, now)
-            with tarfile.open(mode="w|", fileobj=cast(BinaryIO, sealed)) as tar:
-                _add(tar, _CONTENTS, msgspec.json.encode(contents))
-                for name, file in _found(home, copy):
-                    _add_file(tar, name, file)
-            sealed.finish()
+    with disk_errors(home.state), _scratch(home) as copy, _whole(path) as out:
+        sealed = Writer(out, passphrase, cost=cost or Cost())  # takes a while
+        contents = _copied(home, copy, now)
+        with tarfile.open(mode="w|", fileobj=cast(BinaryIO, sealed)) as tar:
+            _add(tar, _CONTENTS, msgspec.json.encode(contents))
+            for name, file in _found(home, copy):
+                _add_file(tar, name, file)
+        sealed.finish()
     return contents
+
+
+@contextlib.contextmanager
+def _scratch(home: Home) -> Iterator[Path]:
+    """Where the copy of the database lies meanwhile. One backup at a time; another one waits."""
+    with alone(_lock(home)):
+        _remove_copy(home)
+        make_folder(home.state / _COPY)
+        try:
+            yield home.state / _COPY / "midge.db"
+        finally:
+            _remove_copy(home)
+
+
+def remove_leftovers(home: Home) -> None:
+    """Remove what a backup that was killed left behind, unless one is being made now.
+
+    It is a copy of the database: with it the key of a round would outlive that round.
+    """
+    if (home.state / _COPY).exists():
+        with contextlib.suppress(LocalError), alone(_lock(home), refusal="one is being made"):
+            _remove_copy(home)
+
+
+def _remove_copy(home: Home) -> None:
+    with disk_errors(home.state / _COPY), contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(home.state / _COPY)
+
+
+def _lock(home: Home) -> Path:
+    return home.folder / "keys" / "backup.lock"
 
 
 def _copied(home: Home, copy: Path, now: float) -> Contents:

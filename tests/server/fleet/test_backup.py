@@ -1,6 +1,7 @@
 import contextlib
 import os
 import re
+import signal
 import subprocess
 import sys
 import tarfile
@@ -9,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from broker_bridge.disk import alone
 from broker_bridge.errors import LocalError
 from broker_bridge.wire.envelope import random_bytes
 from server.cli import main as midge
-from server.fleet.backup import back_up, restore
+from server.fleet.backup import back_up, remove_leftovers, restore
 from server.fleet.enrolment import add_device
 from server.fleet.home import Home, create
 from server.fleet.keys import read_root
@@ -215,6 +217,42 @@ def test_a_full_or_missing_disk_leaves_no_half_a_backup(home, tmp_path):
     assert {p.name for p in home.state.iterdir()} <= {
         "midge.db", "midge.db-wal", "midge.db-shm", "models", "spool",
     }  # fmt: skip
+
+
+def killed_in_mid_backup(home, path):
+    """Make a backup in a process that gets SIGKILL when it reads the first of the keys."""
+    child = os.fork()
+    if child == 0:
+
+        def strike(event, args):
+            if event == "open" and str(args[0]).endswith("ca-key.pem"):
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(strike)
+        try:
+            back_up(home, path, WORDS, now=0.0, cost=CHEAP)
+        finally:
+            os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status)
+
+
+def test_what_a_killed_backup_left_behind_goes_with_the_next_one(home, tmp_path):
+    killed_in_mid_backup(home, tmp_path / "a.backup")
+    assert (home.state / "backup" / "midge.db").exists()
+    back_up(home, tmp_path / "b.backup", WORDS, now=0.0, cost=CHEAP)
+    assert not (home.state / "backup").exists()
+    assert not (tmp_path / "a.backup").exists()
+
+
+def test_what_a_killed_backup_left_behind_goes_when_the_server_starts(home, tmp_path):
+    killed_in_mid_backup(home, tmp_path / "a.backup")
+    with alone(home.folder / "keys" / "backup.lock"):  # as if one were being made
+        remove_leftovers(home)
+        assert (home.state / "backup").exists()
+    done = typed(midge, "server", "--task", "no.task", "--dir", str(home.folder))
+    is_refusal(done, "no.task")
+    assert not (home.state / "backup").exists()
 
 
 # ── The commands ────────────────────────────────────────────────────────────────────────
