@@ -93,7 +93,7 @@ class Intake:
 
     def begin(self, device: rows.Device, init: Init) -> tuple[int, ...]:
         """Make room for an upload; return the chunks it lacks. Raises PeerError, LocalError."""
-        if init.upload not in self._spool.uploads():
+        if init.upload not in self._spool:
             self._check_room(init.layout)
         incoming = self.uploads.get(init.upload)
         if incoming is None:

@@ -275,6 +275,10 @@ class Spool:
         """The uploads that are here, begun in this process or found from an earlier one."""
         return {*self._held, *self._found}
 
+    def __contains__(self, upload: bytes) -> bool:
+        """Whether this upload is among them."""
+        return upload in self._held or upload in self._found
+
     @property
     def bytes_held(self) -> int:
         """An upper bound on what the files hold: the full size of each upload begun."""

@@ -77,6 +77,9 @@ def test_chunks_of_many_in_any_order_with_drops_and_restarts_anywhere(
         spool.put(upload, index, sealed(upload)[index])
         there.setdefault(upload, set()).add(index)
         assert spool.uploads() == set(there)
+        assert [each in spool for each in map(name, range(4))] == [
+            each in there for each in map(name, range(4))
+        ]
         for each, indices in there.items():
             assert spool.present(each, LAYOUT) == indices
     assert spool.bytes_held == len(there) * (9_500 + LAYOUT.count * CHUNK_OVERHEAD_BYTES)
