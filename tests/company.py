@@ -8,7 +8,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from broker_bridge.link.local_broker import LocalBroker, free_port, shipped_file
-from server.fleet.authority import Authority, Issued, write_private, write_public
+from server.fleet.authority import Authority, Issued
+from server.fleet.certificates import write_private, write_public
 from tests.fleets import ROOT, Fleet
 
 __all__ = ["Company", "in_the_doc"]

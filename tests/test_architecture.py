@@ -31,7 +31,7 @@ HOMES = {
     "iotcore": ("broker_bridge/link/local_broker.py",),
     "tensorflow": ("server/tasks/",),
     "keras": ("server/tasks/",),
-    "cryptography": ("server/fleet/authority.py",),
+    "cryptography": ("server/fleet/authority.py", "server/fleet/certificates.py"),
     "sqlalchemy": ("server/store/",),
     "rich": ("server/screen.py",),
 }

@@ -13,7 +13,7 @@ from broker_bridge.wire.envelope import fingerprint
 from server import screen
 from server.commands.options import DIR, JSON
 from server.fleet import broker_watch, expulsion, rotation
-from server.fleet.authority import CertificateFacts
+from server.fleet.certificates import CertificateFacts
 from server.fleet.home import Home
 from server.store.database import Database
 

@@ -6,8 +6,8 @@ device, server and operator, whose common name is its MQTT user name. What these
 certificates do not do: they never sign or open an update. A stolen CA lets a stranger
 talk to the broker; it does not let him read or forge training.
 
-The only file that uses `cryptography`. Times come from the caller; keys and serial
-numbers come from the operating system's random source. Everything is PEM bytes.
+What is read of a certificate without the CA's key is in `certificates.py`. Times come from the
+caller; keys and serial numbers from the operating system's random source. All is PEM bytes.
 """
 
 import ipaddress
@@ -15,30 +15,23 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from pathlib import Path
-from typing import TypeVar
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from broker_bridge.disk import write_atomic
 from broker_bridge.errors import LocalError
 from broker_bridge.limits import LIMITS
+from server.fleet.certificates import extension, is_issued_by, read_certificate, read_key
 
 __all__ = [
     "OPERATOR_NAME",
     "SERVER_NAME",
     "Authority",
-    "CertificateFacts",
     "Issued",
     "check_device_name",
-    "read_certificate",
-    "write_private",
-    "write_public",
 ]
 
 SERVER_NAME = "midge-server"
@@ -53,7 +46,6 @@ BACKDATE = timedelta(days=1)
 
 _NAME = re.compile(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?")
 PublicKey = ec.EllipticCurvePublicKey | Ed25519PublicKey
-_E = TypeVar("_E", bound=x509.ExtensionType)
 
 
 @dataclass(frozen=True)
@@ -62,18 +54,6 @@ class Issued:
 
     certificate: bytes
     key: bytes
-
-
-@dataclass(frozen=True)
-class CertificateFacts:
-    """What a person asks of a certificate. Times are UTC."""
-
-    name: str
-    valid_from: datetime
-    expires: datetime
-    serial: int
-    is_ca: bool
-    hosts: tuple[str, ...]
 
 
 class Authority:
@@ -85,10 +65,15 @@ class Authority:
 
     @classmethod
     def create(
-        cls, name: str, *, now: datetime, days: int = CA_DAYS, backdate: timedelta = BACKDATE
-    ) -> "Authority":
-        """Make a new CA (ECDSA P-256) called `name`. `now` is timezone-aware."""
-        key = ec.generate_private_key(ec.SECP256R1())
+        cls, name: str, *, now: datetime, days: int = CA_DAYS, backdate: timedelta = BACKDATE,
+        of_key: bytes = b"",
+    ) -> "Authority":  # fmt: skip
+        """Make a new CA (ECDSA P-256) called `name`. `now` is timezone-aware.
+
+        `of_key`: the key of a CA whose certificate is lost. Under its old name it is the same CA
+        to whoever has the lost certificate, and to what was certified under that.
+        """
+        key = _key(of_key)
         subject = _name(name)
         builder = (
             _builder(subject, subject, key.public_key(), now=now, days=days, backdate=backdate)
@@ -106,14 +91,12 @@ class Authority:
         """Read a CA back from PEM. Raises LocalError if the two do not belong together."""
         try:
             ca = x509.load_pem_x509_certificate(certificate)
-            private = serialization.load_pem_private_key(key, password=None)
-        except (ValueError, TypeError) as error:
+            private = read_key(key)
+        except (ValueError, LocalError) as error:
             raise LocalError(
-                "the CA certificate or its key is not unencrypted PEM; "
-                "restore both from your backup"
+                "the CA certificate or its key is not unencrypted PEM, or not of the kind that "
+                "midge makes; restore both from your backup"
             ) from error
-        if not isinstance(private, ec.EllipticCurvePrivateKey):
-            raise LocalError("the CA key is not an elliptic-curve key; use the CA that midge made")
         if ca.public_key() != private.public_key():
             raise LocalError(
                 "the CA key does not belong to the CA certificate; restore both from one backup"
@@ -137,17 +120,19 @@ class Authority:
         now: datetime,
         days: int = BROKER_DAYS,
         backdate: timedelta = BACKDATE,
+        of_key: bytes = b"",
     ) -> Issued:
         """Issue the broker's certificate for `hosts`: DNS names and IP addresses.
 
         Clients check the name they dial against this list, so it must hold each of them.
+        `of_key`: certify this key, and make no new one.
         """
         if not hosts:
             raise LocalError(
                 "the broker's certificate must name a host; give the name or "
                 "address under which devices reach the broker"
             )
-        key = ec.generate_private_key(ec.SECP256R1())
+        key = _key(of_key)
         names = x509.SubjectAlternativeName([_host(each) for each in hosts])
         builder = self._leaf(
             hosts[0][:64],
@@ -173,19 +158,27 @@ class Authority:
         `name` becomes the MQTT user name. Raises LocalError as `check_device_name` does.
         """
         check_device_name(name)
-        return self._with_new_key(name, now=now, days=days, backdate=backdate)
+        return self._with_key(name, b"", now=now, days=days, backdate=backdate)
 
     def issue_for_server(
-        self, *, now: datetime, days: int = CLIENT_DAYS, backdate: timedelta = BACKDATE
-    ) -> Issued:
-        """Issue the certificate that may do everything below midge/v1 on the broker."""
-        return self._with_new_key(SERVER_NAME, now=now, days=days, backdate=backdate)
+        self, *, now: datetime, days: int = CLIENT_DAYS, backdate: timedelta = BACKDATE,
+        of_key: bytes = b"",
+    ) -> Issued:  # fmt: skip
+        """Issue the certificate that may do everything below midge/v1 on the broker.
+
+        `of_key`: certify this key, and make no new one.
+        """
+        return self._with_key(SERVER_NAME, of_key, now=now, days=days, backdate=backdate)
 
     def issue_for_operator(
-        self, *, now: datetime, days: int = CLIENT_DAYS, backdate: timedelta = BACKDATE
-    ) -> Issued:
-        """Issue the certificate that may command the server and watch."""
-        return self._with_new_key(OPERATOR_NAME, now=now, days=days, backdate=backdate)
+        self, *, now: datetime, days: int = CLIENT_DAYS, backdate: timedelta = BACKDATE,
+        of_key: bytes = b"",
+    ) -> Issued:  # fmt: skip
+        """Issue the certificate that may command the server and watch.
+
+        `of_key`: certify this key, and make no new one.
+        """
+        return self._with_key(OPERATOR_NAME, of_key, now=now, days=days, backdate=backdate)
 
     def issue_for_public_key(
         self,
@@ -229,13 +222,13 @@ class Authority:
         old = x509.load_pem_x509_certificate(certificate)
         facts = read_certificate(certificate)
         public = old.public_key()
-        usage = _extension(old, x509.ExtendedKeyUsage)
+        usage = extension(old, x509.ExtendedKeyUsage)
         if usage is None or not isinstance(public, ec.EllipticCurvePublicKey | Ed25519PublicKey):
             raise LocalError("the certificate is not one that midge issued")
         builder = self._leaf(
             facts.name, public, next(iter(usage)), now=now, days=days, backdate=backdate
         )
-        names = _extension(old, x509.SubjectAlternativeName)
+        names = extension(old, x509.SubjectAlternativeName)
         if names is not None:
             builder = builder.add_extension(names, critical=False)
         return _pem(builder.sign(self._key, hashes.SHA256()))
@@ -275,14 +268,12 @@ class Authority:
 
     def issued(self, certificate: bytes) -> bool:
         """Whether this CA signed `certificate` (PEM). Says nothing about its dates."""
-        try:
-            x509.load_pem_x509_certificate(certificate).verify_directly_issued_by(self._certificate)
-        except (ValueError, TypeError, InvalidSignature):
-            return False
-        return True
+        return is_issued_by(certificate, self.certificate)
 
-    def _with_new_key(self, name: str, *, now: datetime, days: int, backdate: timedelta) -> Issued:
-        key = ec.generate_private_key(ec.SECP256R1())
+    def _with_key(
+        self, name: str, of_key: bytes, *, now: datetime, days: int, backdate: timedelta
+    ) -> Issued:
+        key = _key(of_key)
         certificate = self._client(name, key.public_key(), now=now, days=days, backdate=backdate)
         return Issued(certificate, _pem_key(key))
 
@@ -342,39 +333,6 @@ def check_device_name(name: str) -> None:
         )
 
 
-def read_certificate(pem: bytes) -> CertificateFacts:
-    """Return what `pem` says about itself; it is not verified. Raises LocalError if no PEM."""
-    try:
-        certificate = x509.load_pem_x509_certificate(pem)
-        names = certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
-        constraints = _extension(certificate, x509.BasicConstraints)
-        alternatives = _extension(certificate, x509.SubjectAlternativeName)
-    except ValueError as error:
-        raise LocalError(
-            "this is not a certificate in PEM form; give the .pem or .crt file "
-            "that came with the bundle"
-        ) from error
-    hosts = () if alternatives is None else tuple(str(each.value) for each in alternatives)
-    return CertificateFacts(
-        name=str(names[0].value) if names else "",
-        valid_from=certificate.not_valid_before_utc,
-        expires=certificate.not_valid_after_utc,
-        serial=certificate.serial_number,
-        is_ca=constraints is not None and constraints.ca,
-        hosts=hosts,
-    )
-
-
-def write_private(path: Path, pem: bytes) -> None:
-    """Write a key so that nobody but the owner can ever read it, whole or not at all."""
-    write_atomic(path, pem, mode=0o600)
-
-
-def write_public(path: Path, pem: bytes) -> None:
-    """Write a certificate, whole or not at all."""
-    write_atomic(path, pem, mode=0o644)
-
-
 def _builder(
     subject: x509.Name,
     issuer: x509.Name,
@@ -426,11 +384,9 @@ def _host(host: str) -> x509.GeneralName:
         raise LocalError(f"{host!r} is neither a host name in ASCII nor an IP address") from error
 
 
-def _extension(certificate: x509.Certificate, kind: type[_E]) -> _E | None:
-    try:
-        return certificate.extensions.get_extension_for_class(kind).value
-    except x509.ExtensionNotFound:
-        return None
+def _key(pem: bytes) -> ec.EllipticCurvePrivateKey:
+    """This one; a new one where there is none. Raises LocalError."""
+    return read_key(pem) if pem else ec.generate_private_key(ec.SECP256R1())
 
 
 def _pem(certificate: x509.Certificate) -> bytes:

@@ -35,14 +35,10 @@ from broker_bridge.wire.messages import (
 )
 from broker_bridge.wire.topics import RESERVED
 from server.config import Broker
-from server.fleet.authority import (
-    CLIENT_DAYS,
-    CertificateFacts,
-    Issued,
-    check_device_name,
-    read_certificate,
-)
+from server.fleet.authority import CLIENT_DAYS, Authority, Issued, check_device_name
+from server.fleet.certificates import CertificateFacts, read_certificate
 from server.fleet.home import Home
+from server.fleet.keys import ServerKeys
 from server.store.database import Database
 from server.store.rows import Certificate, Device, Token
 
@@ -82,31 +78,44 @@ def add_device(
     )  # fmt: skip
     issued = Issued(b"", b"")
     if foreign is None or not foreign.says_who:
-        # The broker lets the bundle in for as long as the token lives, rounded up to days.
-        moment, days = datetime.fromtimestamp(now, UTC), max(1, -(-int(hours) // 24))
-        issued = authority.issue_with_new_key(name, now=moment, days=days)
+        issued = _for_as_long_as(token, authority)
     with db.transaction() as tx:
         check_free(tx.device(name), name)
         tx.put_token(token)
         if issued.certificate:
             tx.add_certificate(_noted(name, issued.certificate))
-    bundle = Bundle(
+    path = home.bundle(name)
+    write_atomic(path, _bundle(keys, token, broker, ca, issued, foreign).encode())
+    return path
+
+
+def _for_as_long_as(token: Token, authority: Authority) -> Issued:
+    """What lets a bundle into the broker while its token lives, rounded up to days."""
+    moment = datetime.fromtimestamp(token.created_at, UTC)
+    days = max(1, -(-round(token.expires_at - token.created_at) // 86_400))
+    return authority.issue_with_new_key(token.device, now=moment, days=days)
+
+
+def _bundle(
+    keys: ServerKeys, token: Token, broker: Broker, ca: str, issued: Issued,
+    foreign: Credentials | None,
+) -> Bundle:  # fmt: skip
+    """All that a device needs to find the broker, to get in, to know the server, and to enrol."""
+    expires = datetime.fromtimestamp(token.expires_at, UTC)
+    return Bundle(
         federation=keys.federation,
-        device=name,
+        device=token.device,
         broker_host=broker.host,
         broker_port=broker.port,
         root_public=keys.root_public.hex(),
         server_identity=keys.identity.hex(),
         token=token.secret.hex(),
-        token_expires=datetime.fromtimestamp(token.expires_at, UTC).isoformat(timespec="minutes"),
+        token_expires=expires.isoformat(timespec="minutes"),
         ca_pem=ca,
         bootstrap_certificate_pem=issued.certificate.decode(),
         bootstrap_key_pem=issued.key.decode(),
         broker=foreign or UNSET,
     )
-    path = home.bundle(name)
-    write_atomic(path, bundle.encode())
-    return path
 
 
 def broker_login(home: Home, broker: Broker, name: str) -> tuple[Credentials | None, str]:

@@ -16,12 +16,8 @@ from broker_bridge.disk import alone, disk_errors, write_atomic
 from broker_bridge.errors import LocalError
 from broker_bridge.link.broker_config import ACL_FILE, REVOKED_FILE
 from broker_bridge.link.local_broker import shipped_file
-from server.fleet.authority import (
-    OPERATOR_NAME,
-    read_certificate,
-    write_private,
-    write_public,
-)
+from server.fleet.authority import OPERATOR_NAME
+from server.fleet.certificates import read_certificate, write_private, write_public
 from server.fleet.home import Home
 from server.fleet.roster import Expelled, Roster
 from server.store.database import Database

@@ -33,7 +33,8 @@ from broker_bridge.link.tls import TlsFiles
 from broker_bridge.wire.envelope import random_bytes
 from broker_bridge.wire.topics import OPERATOR, SERVER, is_name
 from server.config import EXAMPLE, ServerConfig
-from server.fleet.authority import Authority, Issued, write_private, write_public
+from server.fleet.authority import Authority, Issued
+from server.fleet.certificates import write_private, write_public
 from server.fleet.keys import ServerKeys, new_keys
 from server.fleet.roster import Roster, read_roster, write_roster
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from broker_bridge.disk import REAL_DISK, Disk, disk_errors
 from broker_bridge.wire.envelope import fingerprint, random_bytes
-from server.fleet.authority import CertificateFacts, read_certificate, write_public
+from server.fleet.certificates import CertificateFacts, read_certificate, write_public
 from server.fleet.home import Home
 from server.fleet.keys import ServerKeys, read_root
 from server.store.database import Database

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from broker_bridge.checkup import Finding, clock, disk, exit_code, guarded
 from broker_bridge.errors import LocalError
 from broker_bridge.link.inspection import certificate, certificate_dates
-from server.fleet.authority import Authority, read_certificate
+from server.fleet.authority import Authority
+from server.fleet.certificates import read_certificate
 
 OK = Finding("a", "ok", "fine")
 WARNING = Finding("b", "warning", "soon", "do this")

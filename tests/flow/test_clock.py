@@ -16,7 +16,8 @@ from broker_bridge.link.paho_link import PahoLink
 from broker_bridge.link.tls import TlsFiles
 from broker_bridge.wire.messages import Configured
 from device_client import identity as identities
-from server.fleet.authority import Authority, write_private, write_public
+from server.fleet.authority import Authority
+from server.fleet.certificates import write_private, write_public
 from server.store.database import Database
 from tests.fleets import Fleet, enrol_by_hand
 

@@ -19,7 +19,8 @@ from broker_bridge.wire.renewal import NONCE_BYTES, offer_keys
 from device_client import identity as identities
 from device_client.agent import Agent
 from device_client.journal import Journal
-from server.fleet.authority import CLIENT_DAYS, read_certificate
+from server.fleet.authority import CLIENT_DAYS
+from server.fleet.certificates import read_certificate
 from tests.fleets import FEDERATION, TOPICS, World
 from tests.fuzz.hearing import AtOnce
 from tests.simulation.disk import Crash, SimulatedDisk

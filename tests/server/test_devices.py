@@ -13,7 +13,7 @@ from broker_bridge.wire import enrolment, messages
 from broker_bridge.wire.envelope import KemKey, random_bytes
 from device_client import identity as identities
 from server.fleet import expulsion
-from server.fleet.authority import read_certificate
+from server.fleet.certificates import read_certificate
 from server.fleet.enrolment import Registrar
 from server.fleet.home import Home
 from server.store.database import Database

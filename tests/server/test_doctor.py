@@ -14,7 +14,7 @@ from broker_bridge.link.local_broker import LocalBroker, shipped_file
 from broker_bridge.link.paho_link import PahoLink
 from server.cli import main
 from server.doctor import examine
-from server.fleet.authority import write_private, write_public
+from server.fleet.certificates import write_private, write_public
 from tests.fleets import ROOT, TOPICS, Fleet, typed
 
 NOW = datetime.now(UTC)

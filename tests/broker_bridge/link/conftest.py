@@ -8,7 +8,8 @@ from broker_bridge.errors import LocalError
 from broker_bridge.link.local_broker import LocalBroker, find_mosquitto, free_port
 from broker_bridge.link.paho_link import PahoLink
 from broker_bridge.link.tls import TlsFiles
-from server.fleet.authority import Authority, write_private, write_public
+from server.fleet.authority import Authority
+from server.fleet.certificates import write_private, write_public
 
 
 class Pki:

@@ -8,7 +8,7 @@ import pytest
 
 from broker_bridge.errors import LinkError
 from broker_bridge.link.local_broker import LocalBroker, free_port, shipped_file
-from server.fleet.authority import read_certificate
+from server.fleet.certificates import read_certificate
 from tests.broker_bridge.link.reading import messages_until, subscribed
 
 FED = "midge/v1/demo"

@@ -11,13 +11,8 @@ from hypothesis import strategies as st
 from nacl.signing import SigningKey
 
 from broker_bridge.errors import LocalError
-from server.fleet.authority import (
-    Authority,
-    check_device_name,
-    read_certificate,
-    write_private,
-    write_public,
-)
+from server.fleet.authority import Authority, check_device_name
+from server.fleet.certificates import read_certificate, write_private, write_public
 
 NOW = datetime(2026, 11, 22, 12, 0, tzinfo=UTC)
 

@@ -11,7 +11,7 @@ from broker_bridge.wire import enrolment, messages
 from broker_bridge.wire.envelope import KemKey, random_bytes
 from broker_bridge.wire.messages import Refused, Welcome
 from device_client import identity as identities
-from server.fleet.authority import read_certificate
+from server.fleet.certificates import read_certificate
 from server.fleet.enrolment import Registrar, add_device
 from server.fleet.home import create
 from server.fleet.roster import Expelled
