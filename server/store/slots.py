@@ -102,12 +102,19 @@ class Slots:
         """The descriptor; valid while a slot is in use."""
         return self._fd
 
-    def give_back(self, upload: bytes) -> None:
-        """The slot is free for another. Raises LocalError; then it is still in use."""
+    def give_back(self, upload: bytes, *, file_stays: bool = True) -> None:
+        """The slot is free for another. Raises LocalError; then it is still in use.
+
+        Unless the `file_stays`, nothing is written: it goes with its last slot, and should it
+        come back, so does every update in it.
+        """
         slot = self._slots[upload]
         last = len(self._slots) == 1
         with disk_errors(self.path):
-            self._remove() if last else self._write_header(slot, upload, in_use=0)
+            if last:
+                self._remove()
+            elif file_stays:
+                self._write_header(slot, upload, in_use=0)
         del self._slots[upload]
         if not last:
             self._free.setdefault(slot.size_bytes, []).append(slot.start)

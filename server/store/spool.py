@@ -60,6 +60,7 @@ class _Held:
     present: set[int] = field(default_factory=set)
     fresh: set[int] = field(default_factory=set)  # put since the last sync
     clean: bool = False
+    path: Path = field(init=False)  # of the file that it is in
 
     @property
     def file_bytes(self) -> int:
@@ -114,6 +115,7 @@ class Spool:
             new = self._slots.take(upload, layout)  # a new name only if the file is new
         elif upload not in self._slots:
             self._open(upload, create=True)
+        held.path = self._path(upload)
         self._names_synced = self._names_synced and not new
         self._bytes += held.file_bytes - self._found.pop(upload, 0)
         self._held[upload] = held
@@ -131,7 +133,7 @@ class Spool:
         held.layout.check(header, chunk)
         if index in held.present:
             return False
-        with disk_errors(self._path(upload)):
+        with disk_errors(held.path):
             fd, base = self._place(upload)
             write_all(fd, chunk, base + _start(held.layout, index), disk=self._disk)
         held.present.add(index)
@@ -249,8 +251,11 @@ class Spool:
 
         Raises LocalError when the disk refuses; then it is still here, to be dropped again.
         """
+        self._drop(upload, file_stays=True)
+
+    def _drop(self, upload: bytes, *, file_stays: bool) -> None:
         if upload in self._slots:
-            self._slots.give_back(upload)
+            self._slots.give_back(upload, file_stays=file_stays)
         else:
             self._unlink(upload)
         held = self._held.pop(upload, None)
@@ -266,8 +271,10 @@ class Spool:
 
     def clear(self, *, keep: Collection[bytes] = ()) -> None:
         """Remove every upload but those in `keep`, for good: after a round, and after a restart."""
-        for upload in self.uploads() - set(keep):
-            self.drop(upload)
+        gone = self.uploads() - set(keep)
+        file_stays = any(upload in self._slots for upload in keep)
+        for upload in gone:
+            self._drop(upload, file_stays=file_stays)
         # Also when nothing is left to drop: a process before this one may have died half-way.
         sync_folder(self.folder, disk=self._disk)
 

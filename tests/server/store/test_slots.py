@@ -116,6 +116,36 @@ def test_a_group_costs_one_sync(tmp_path: Path) -> None:
     assert disk.files == 1
 
 
+def test_at_the_end_of_a_round_the_file_goes_and_no_slot_is_written_to(tmp_path: Path) -> None:
+    class Counting(RealDisk):
+        writes = 0
+
+        def pwrite(self, fd, data, offset):
+            self.writes += 1
+            return os.pwrite(fd, data, offset)
+
+    disk = Counting()
+    spool = opened(tmp_path, disk)
+    for number in range(40):
+        put(spool, name(number))
+    put(spool, name(99), Layout(SHARED, 1_000))
+    before = disk.writes
+    spool.clear(keep=[name(99)])
+    assert disk.writes == before
+    assert names(tmp_path) == [f"{name(99).hex()}.update"]
+    assert spool.uploads() == {name(99)}
+    put(spool, name(1))
+    spool.sync([name(1), name(99)])
+    assert opened(tmp_path).uploads() == {name(1), name(99)}
+
+
+def test_a_slot_that_is_kept_keeps_the_file_when_the_others_are_cleared(tmp_path: Path) -> None:
+    spool = filled(tmp_path)
+    spool.clear(keep=[name(1)])
+    assert list(spool.chunks(name(1), LAYOUT)) == sealed(name(1))
+    assert opened(tmp_path).uploads() == {name(1)}
+
+
 def test_the_place_of_a_dropped_update_is_used_again(tmp_path: Path) -> None:
     spool = filled(tmp_path)
     blocks = -(-(tmp_path / "shared.updates").stat().st_size // 4096)
