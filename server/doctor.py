@@ -23,6 +23,7 @@ from broker_bridge.wire.topics import OPERATOR, SERVER, Topics
 from server.config import Broker as BrokerSettings
 from server.config import ServerConfig
 from server.fleet.home import Home
+from server.fleet.machines import certificate_fault, machines
 from server.store.database import Database
 from server.tasks.files import read_task
 
@@ -31,7 +32,8 @@ __all__ = ["doctor", "examine"]
 _ETC = Path("/etc/mosquitto/mosquitto.conf")
 _RENEW = "run `midge keys renew-certificates`, then restart the broker and the server"
 _ASK_FOR_ANOTHER = "get another from whoever runs the broker, and put it there"
-_ENROL_AGAIN = "its CA is the root of every certificate: make a new fleet with `midge init`"
+_NEW_FLEET = "its CA is the root of every certificate: make a new fleet with `midge init`"
+_REPAIR = "run `midge keys repair`, then restart the broker and the server"
 
 
 @click.command()
@@ -126,7 +128,7 @@ def _keys(home: Home) -> Iterator[Finding]:
 
 def _certificates(home: Home, broker: BrokerSettings, now: datetime) -> Iterator[Finding]:
     """Those that midge made, where they are in use, and those of somebody else's broker."""
-    looked_at = [("ca", home.folder / "ca" / "ca.pem", _ENROL_AGAIN)]
+    looked_at = [("ca", home.folder / "ca" / "ca.pem", _NEW_FLEET)]
     if not broker.ca:
         looked_at.append(("broker", home.broker / "broker.pem", _RENEW))
     for who, name, table in (
@@ -139,11 +141,22 @@ def _certificates(home: Home, broker: BrokerSettings, now: datetime) -> Iterator
         elif not login.username:
             looked_at.append((who, home.folder / who / "client.pem", _RENEW))
     for who, path, renew in looked_at:
-        check = f"cert {who}"
-        yield from guarded(
-            check,
-            lambda c=check, p=path, r=renew: certificate(c, p, now, renew=r),  # type: ignore[misc]
-        )
+        yield from guarded(f"cert {who}", lambda w=who, p=path, r=renew: _one(home, w, p, now, r))  # type: ignore[misc]
+
+
+def _one(home: Home, who: str, path: Path, now: datetime, renew: str) -> Iterator[Finding]:
+    """One of them: whether it can be used with its key, and for how long."""
+    fault = ""
+    if who == "ca":
+        fault = certificate_fault(path)
+        if not fault:
+            home.ca_key()  # raises what cannot be made again
+    elif renew is _RENEW:
+        fault = next(each for each in machines(home.folder) if each.name == who).fault()
+    if fault:
+        yield Finding(f"cert {who}", "problem", fault, _REPAIR)
+    else:
+        yield from certificate(f"cert {who}", path, now, renew=renew)
 
 
 def _database(home: Home) -> Iterator[Finding]:

@@ -1,5 +1,6 @@
 """`midge broker`: run mosquitto for the fleet, and keep it up to date with who was shut out."""
 
+from datetime import UTC, datetime
 from pathlib import Path
 
 import click
@@ -11,6 +12,7 @@ from server.commands.options import DIR, PORT
 from server.fleet.broker_watch import follow, followed, say_heard
 from server.fleet.expulsion import keep_broker_files
 from server.fleet.home import Home
+from server.fleet.machines import check_usable, ends, machine
 
 __all__ = ["broker"]
 
@@ -36,6 +38,8 @@ def broker(folder: Path, bind: str, port: int | None) -> None:
             f"midge.toml says how to log in at {where.host}, a broker of somebody else's, and "
             "`midge broker` knows no such logins; take them out of [broker] to run midge's own"
         )
+    check_usable(home.folder, "broker")
+    _warn_of_end(home)
     stopped = stop_on_signals()
     chosen = port or where.port
     heard = keep_broker_files(home)
@@ -55,3 +59,13 @@ def broker(folder: Path, bind: str, port: int | None) -> None:
                 trouble = str(error)
         if not stopped.is_set():
             raise LocalError(f"the broker stopped by itself; see {running.log_path}")
+
+
+def _warn_of_end(home: Home) -> None:
+    """Only a warning: this machine's clock may be wrong, and then all is well."""
+    ended = ends(machine(home.folder, "broker").certificate, datetime.now(UTC))
+    if ended:
+        click.echo(
+            f"midge: {ended}, so nobody comes in; `midge keys renew-certificates`, then start this "
+            "again (or set this machine's clock)", err=True,
+        )  # fmt: skip

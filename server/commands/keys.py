@@ -13,6 +13,7 @@ from broker_bridge.wire.envelope import fingerprint
 from server import screen
 from server.commands.options import DIR, JSON
 from server.fleet import broker_watch, expulsion, rotation
+from server.fleet import repair as repairing
 from server.fleet.certificates import CertificateFacts
 from server.fleet.home import Home
 from server.store.database import Database
@@ -126,6 +127,38 @@ def renew_certificates(folder: Path, as_json: bool) -> None:
     for each in found:
         click.echo(f"{each['certificate']}: until {str(each['ends'])[:10]}")
     click.echo("restart the broker and the server: they read their certificates when they start")
+
+
+@keys.command("repair")
+@DIR
+@click.option("--host", "hosts", multiple=True,
+              help="A name that the broker's certificate must have; repeat for more.")  # fmt: skip
+@JSON
+def repair(folder: Path, hosts: tuple[str, ...], as_json: bool) -> None:
+    """Make again what is lost, damaged or expired of the certificates and keys on this machine.
+
+    What is good stays as it is. Devices notice nothing. The CA's key and the server's own keys
+    cannot be made again: they come from a backup.
+
+    \b
+    Example:
+      midge keys repair --dir fleet --host broker.example.org
+    """
+    home, found = Home.find(folder), []
+    with contextlib.closing(Database(home.database)) as db:
+        for each in repairing.repair(home, db, hosts=hosts, now=datetime.now(UTC)):
+            found.append({"was": each.was, "done": each.done})
+            if not as_json:  # at once: what comes next may not work
+                click.echo(f"{each.was}: {each.done}")
+    if as_json:
+        click.echo(json.dumps({"repaired": found}))
+    elif found:
+        click.echo(
+            "restart the broker and the server: they read their certificates when they start"
+        )
+        click.echo(f"where you run mosquitto yourself, copy {home.broker}/*.pem there again")
+    else:
+        click.echo("nothing to repair: all of it is there, fits and is valid")
 
 
 @keys.command("replace-operator")

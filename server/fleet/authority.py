@@ -24,7 +24,13 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from broker_bridge.errors import LocalError
 from broker_bridge.limits import LIMITS
-from server.fleet.certificates import extension, is_issued_by, read_certificate, read_key
+from server.fleet.certificates import (
+    extension,
+    is_issued_by,
+    read_certificate,
+    read_key,
+    revocation_number,
+)
 
 __all__ = [
     "OPERATOR_NAME",
@@ -259,12 +265,7 @@ class Authority:
 
     def revocation_number(self, pem: bytes) -> int:
         """The number of a list that this CA made; -1 for anything else."""
-        try:
-            found = x509.load_pem_x509_crl(pem)
-            number = found.extensions.get_extension_for_class(x509.CRLNumber).value.crl_number
-        except (ValueError, x509.ExtensionNotFound):
-            return -1
-        return number if found.is_signature_valid(self._key.public_key()) else -1
+        return revocation_number(pem, self.certificate)
 
     def issued(self, certificate: bytes) -> bool:
         """Whether this CA signed `certificate` (PEM). Says nothing about its dates."""

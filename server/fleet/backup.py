@@ -154,7 +154,8 @@ def _found(home: Home, database: Path) -> Iterator[tuple[str, Path]]:
     """What goes in, in the order in which it is restored: the settings make it a fleet."""
     # Models first: a server at work removes old ones, and the database was copied just now.
     models, others = home.state / "models", home.folder.rglob("*")
-    for file in [*sorted(models.iterdir()), *sorted(f for f in others if f.parent != models)]:
+    kept = sorted(models.iterdir()) if models.exists() else []  # none before the first start
+    for file in [*kept, *sorted(f for f in others if f.parent != models)]:
         name = file.relative_to(home.folder).as_posix()
         if _FILES.fullmatch(name) and not _NEVER.fullmatch(name) and file.is_file():
             yield name, file

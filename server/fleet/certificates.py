@@ -28,6 +28,7 @@ __all__ = [
     "is_key",
     "read_certificate",
     "read_key",
+    "revocation_number",
     "write_private",
     "write_public",
 ]
@@ -115,6 +116,18 @@ def holds(pem: bytes, certificate: bytes) -> bool:
         return x509.load_pem_x509_certificate(certificate) in x509.load_pem_x509_certificates(pem)
     except ValueError:
         return False
+
+
+def revocation_number(pem: bytes, ca: bytes) -> int:
+    """The number of a list of revoked certificates that this CA signed; -1 for anything else."""
+    try:
+        found = x509.load_pem_x509_crl(pem)
+        number = found.extensions.get_extension_for_class(x509.CRLNumber).value.crl_number
+        issuer = x509.load_pem_x509_certificate(ca).public_key()
+    except (ValueError, x509.ExtensionNotFound):
+        return -1
+    is_ours = isinstance(issuer, ec.EllipticCurvePublicKey) and found.is_signature_valid(issuer)
+    return number if is_ours else -1
 
 
 def extension(certificate: x509.Certificate, kind: type[_E]) -> _E | None:

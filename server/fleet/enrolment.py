@@ -5,10 +5,12 @@ answer, so a lost answer costs nothing; other keys with a used token are refused
 were ever revoked are refused whatever the database says: see roster.py.
 """
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import TypeVar
 
 from msgspec import UNSET
 
@@ -44,11 +46,14 @@ from server.store.rows import Certificate, Device, Token
 
 __all__ = ["Registrar", "add_device", "broker_login", "check_free", "check_name", "ends_soon"]
 
+log = logging.getLogger("midge.server")
+
 TOKEN_HOURS = 24
 HOURS_MAX = 24 * 365
 _BEHIND_DAYS = 365  # a clock that was wrong by more, when the CA was made or is now
 RENEW_DAYS = 60  # before its end a certificate is renewed; earlier if it lives but briefly
 _GONE = ("revoked", "removed")
+_T = TypeVar("_T")
 
 
 def add_device(
@@ -279,21 +284,31 @@ class Registrar:
 
     def certificate_for(self, device: Device) -> tuple[str, int]:
         """The device's certificate and when it ends: the one that it has, or a new one if that
-        ends soon. Raises PeerError while this machine's clock cannot be right.
+        ends soon. Raises PeerError while this machine's clock or CA is not as it should be.
         """
         now = datetime.fromtimestamp(self.clock(), UTC)
-        authority = self.home.authority()
-        _check_clock(now, read_certificate(authority.certificate))
+        _check_clock(now, read_certificate(_or_later(self.home.ca_certificate)))
         with self.db.reading() as tx:
             known = tx.certificates(device.name)
         for each in reversed(known):
             if each.tls_public == device.tls_public and not ends_soon(each.until, now.timestamp()):
                 return each.pem, int(each.until)
-        pem = authority.issue_for_public_key(device.tls_public, device.name, now=now)
+        pem = _or_later(self.home.authority).issue_for_public_key(
+            device.tls_public, device.name, now=now
+        )
         new = replace(_noted(device.name, pem), tls_public=device.tls_public, pem=pem.decode())
         with self.db.transaction() as tx:  # before it is handed out: only then can it be revoked
             tx.add_certificate(new)
         return new.pem, int(new.until)
+
+
+def _or_later(read: Callable[[], _T]) -> _T:
+    """What is read of the CA. While it cannot be, a device waits, and rounds go on."""
+    try:
+        return read()
+    except LocalError as error:
+        log.error("no device can be certified: %s", error)
+        raise PeerError("no_ca", "the server cannot certify anybody now; ask who runs it") from None
 
 
 def ends_soon(until: float, now: float) -> bool:

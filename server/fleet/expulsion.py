@@ -17,8 +17,14 @@ from broker_bridge.errors import LocalError
 from broker_bridge.link.broker_config import ACL_FILE, REVOKED_FILE
 from broker_bridge.link.local_broker import shipped_file
 from server.fleet.authority import OPERATOR_NAME
-from server.fleet.certificates import read_certificate, write_private, write_public
+from server.fleet.certificates import (
+    read_certificate,
+    revocation_number,
+    write_private,
+    write_public,
+)
 from server.fleet.home import Home
+from server.fleet.machines import MADE_AGAIN, certificate_fault
 from server.fleet.roster import Expelled, Roster
 from server.store.database import Database
 from server.store.rows import Device
@@ -73,6 +79,11 @@ def replace_operator(home: Home, db: Database, *, now: datetime) -> Roster:
     """
     with locked(home):
         folder = home.folder / "operator"
+        fault = certificate_fault(folder / "client.pem")
+        if fault:
+            raise LocalError(
+                f"{fault}; {MADE_AGAIN.format(home.folder)}, then replace the operator"
+            )
         with disk_errors(folder):
             old = (folder / "client.pem").read_bytes()
         with db.reading() as tx:  # those that were renewed are good until they end
@@ -181,14 +192,14 @@ def keep_broker_files(home: Home) -> Roster:
 def write_broker_files(home: Home, roster: Roster) -> bool:
     """Write the list of revoked certificates and the rules; say whether anything changed."""
     acl, revoked = home.broker / ACL_FILE, home.broker / REVOKED_FILE
-    text, authority = _acl_text(roster).encode(), home.authority()
+    text = _acl_text(roster).encode()
     with disk_errors(home.broker):
         old_acl = acl.read_bytes() if acl.exists() else b""
         old_list = revoked.read_bytes() if revoked.exists() else b""
     # By its number, for a list is signed anew, to other bytes, each time it is made.
-    listed = authority.revocation_number(old_list) == roster.epoch
-    if not listed:
-        serials = [int(each, 16) for each in roster.serials]
+    listed = revocation_number(old_list, home.ca_certificate()) == roster.epoch
+    if not listed:  # only then is the CA's key needed: without it a fleet can still start
+        serials, authority = [int(each, 16) for each in roster.serials], home.authority()
         write_atomic(revoked, authority.revocation_list(serials, number=roster.epoch), mode=0o644)
     if old_acl != text:
         write_atomic(acl, text, mode=0o644)

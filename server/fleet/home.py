@@ -34,11 +34,12 @@ from broker_bridge.wire.envelope import random_bytes
 from broker_bridge.wire.topics import OPERATOR, SERVER, is_name
 from server.config import EXAMPLE, ServerConfig
 from server.fleet.authority import Authority, Issued
-from server.fleet.certificates import write_private, write_public
+from server.fleet.certificates import read_key, write_private, write_public
 from server.fleet.keys import ServerKeys, new_keys
+from server.fleet.machines import MADE_AGAIN, ca_fault, check_usable, read_if_there
 from server.fleet.roster import Roster, read_roster, write_roster
 
-__all__ = ["Home", "ServerKeys", "create"]
+__all__ = ["Home", "ServerKeys", "ca_name", "create", "from_backup"]
 
 _TABLES = ("broker", "broker.operator", "broker.devices")
 
@@ -112,19 +113,38 @@ class Home:
         return self.folder / "keys" / "roster.json"
 
     def authority(self) -> Authority:
-        """The private CA. Raises LocalError."""
-        with disk_errors(self.folder / "ca"):
-            certificate = (self.folder / "ca" / "ca.pem").read_bytes()
-            key = (self.folder / "ca" / "ca-key.pem").read_bytes()
-        return Authority.load(certificate, key)
+        """The private CA. Raises LocalError that says how it comes back."""
+        key = self.ca_key()
+        return Authority.load(self.ca_certificate(), key)
+
+    def ca_certificate(self) -> bytes:
+        """The CA's certificate, PEM. Raises LocalError that says how it comes back."""
+        fault = ca_fault(self.folder)
+        if fault:
+            raise LocalError(f"{fault}; {MADE_AGAIN.format(self.folder)}")
+        return read_if_there(self.folder / "ca" / "ca.pem") or b""
+
+    def ca_key(self) -> bytes:
+        """The CA's private key, PEM. Raises LocalError: it comes back from a backup only."""
+        path = self.folder / "ca" / "ca-key.pem"
+        key = read_if_there(path)
+        try:
+            read_key(key or b"")
+        except LocalError:
+            raise from_backup(path, "lost" if key is None else "damaged") from None
+        return key or b""
 
     def access(self, who: str, config: ServerConfig | None = None) -> Access:
         """How `server` or `operator` gets into the broker. Raises LocalError."""
         broker = (config or self.config()).broker
         name, table = {"server": (SERVER, "broker"), "operator": (OPERATOR, "broker.operator")}[who]
-        own = Access(host=broker.host, port=broker.port, tls=self.tls(who))
-        settings = self.folder / "midge.toml"
-        return own.with_login(broker.login(table), name, settings=settings, table=table)
+        own, login = (
+            Access(host=broker.host, port=broker.port, tls=self.tls(who)),
+            broker.login(table),
+        )
+        if not (login.says_who or login.ca):
+            check_usable(self.folder, "server" if who == "server" else "operator")
+        return own.with_login(login, name, settings=self.folder / "midge.toml", table=table)
 
     def tls(self, who: str) -> TlsFiles:
         """The client certificate of `server` or `operator`, for midge's own broker."""
@@ -198,7 +218,7 @@ def _now() -> datetime:
 
 def _make_certificates(folder: Path, federation: str, hosts: list[str]) -> None:
     now = _now()
-    ca = Authority.create(f"midge {federation}", now=now)
+    ca = Authority.create(ca_name(federation), now=now)
     write_public(folder / "ca" / "ca.pem", ca.certificate)
     write_private(folder / "ca" / "ca-key.pem", ca.key)
     write_public(folder / "broker" / "ca.pem", ca.certificate)
@@ -215,9 +235,24 @@ def _write(folder: Path, name: str, issued: Issued) -> None:
 
 
 def _read(path: Path, kind: type[ServerKeys]) -> ServerKeys:
-    with disk_errors(path):
-        data = path.read_bytes()
+    data = read_if_there(path)
+    if data is None:
+        raise from_backup(path, "lost")
     try:
         return msgspec.json.decode(data, type=kind)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-        raise LocalError(f"{path} is damaged ({error}); restore it from a backup") from None
+        raise from_backup(path, f"damaged ({error})") from None
+
+
+def from_backup(path: Path, trouble: str) -> LocalError:
+    """What to do about a file of the fleet's folder that nobody can make again."""
+    return LocalError(
+        f"{path} is {trouble}, and nobody can make it again; `midge restore` your newest backup "
+        f"into another folder, and copy {path.parent.name}/{path.name} from there (without a "
+        "backup: make a new fleet with `midge init`)"
+    )
+
+
+def ca_name(federation: str) -> str:
+    """What its CA is called."""
+    return f"midge {federation}"

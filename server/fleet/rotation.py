@@ -10,10 +10,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from broker_bridge.disk import REAL_DISK, Disk, disk_errors
+from broker_bridge.errors import LocalError
 from broker_bridge.wire.envelope import fingerprint, random_bytes
 from server.fleet.certificates import CertificateFacts, read_certificate, write_public
 from server.fleet.home import Home
 from server.fleet.keys import ServerKeys, read_root
+from server.fleet.machines import MADE_AGAIN, certificate_fault, machines
 from server.store.database import Database
 from server.store.rows import Certificate
 
@@ -44,15 +46,13 @@ def keys_of(keys: ServerKeys) -> list[HeldKey]:
 
 def certificates(home: Home) -> Iterator[tuple[str, Path, CertificateFacts]]:
     """The certificates of the machines: whose, where, and what they say. Raises LocalError."""
-    for name, path in (
-        ("ca", home.folder / "ca" / "ca.pem"),
-        ("broker", home.broker / "broker.pem"),
-        ("server", home.folder / "server" / "client.pem"),
-        ("operator", home.folder / "operator" / "client.pem"),
-    ):
+    named = [("ca", home.folder / "ca" / "ca.pem")]
+    for name, path in named + [(each.name, each.certificate) for each in machines(home.folder)]:
+        fault = certificate_fault(path)
+        if fault:
+            raise LocalError(f"{fault}; {MADE_AGAIN.format(home.folder)}")
         with disk_errors(path):
-            pem = path.read_bytes()
-        yield name, path, read_certificate(pem)
+            yield name, path, read_certificate(path.read_bytes())
 
 
 def rotate_identity(home: Home, root_file: Path, *, disk: Disk = REAL_DISK) -> ServerKeys:

@@ -255,6 +255,11 @@ def test_what_a_killed_backup_left_behind_goes_when_the_server_starts(home, tmp_
     assert not (home.state / "backup").exists()
 
 
+def test_a_fleet_whose_server_has_never_run_can_be_backed_up(tmp_path):
+    new = create(tmp_path / "new", federation="demo", hosts=["localhost"], port=8883)
+    assert restored(new).home.keys().federation == "demo"
+
+
 # ── The commands ────────────────────────────────────────────────────────────────────────
 
 
