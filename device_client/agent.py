@@ -33,7 +33,7 @@ from device_client.papers import Papers
 from device_client.participant import Participant, State
 from device_client.permission import Permission
 from device_client.sealing import sealed
-from device_client.trainer import LocalTrainer
+from device_client.trainer import LocalTrainer, NotLoadedError
 from device_client.workbench import Workbench
 
 __all__ = ["Agent"]
@@ -376,6 +376,8 @@ class Agent:
                 return [ev.Fetched("task", blob.digest)]
             self._bench.use_model(blob.digest, content)
             return [ev.Fetched("model", blob.digest)]
+        except NotLoadedError:
+            return []  # the round is taken up again when the device is back
         except (PeerError, LocalError) as error:
             # Signed by our server and still unusable here: say so, sit this round out.
             log.error("cannot use the announced %s: %s", kind, error)

@@ -1,13 +1,9 @@
 """`midge-device`: the command on the device. Enrol once, then run."""
 
 import contextlib
-import fcntl
 import json
 import logging
-import os
-import random
 import sys
-from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -15,28 +11,21 @@ import click
 
 from broker_bridge.config import assigned, load_config, overridden
 from broker_bridge.console import run_command, show_log, stop_on_signals
-from broker_bridge.disk import disk_errors, write_atomic
+from broker_bridge.disk import write_atomic
 from broker_bridge.errors import LocalError
-from broker_bridge.link.base import Link, Message
-from broker_bridge.systemd import Supervisor, unit_file
-from broker_bridge.wire import messages
-from broker_bridge.wire.messages import Presence
-from broker_bridge.wire.topics import Topics
+from broker_bridge.systemd import unit_file
 from device_client import identity as identities
 from device_client import model as models
-from device_client.access import access_to_work
-from device_client.agent import Agent
 from device_client.config import EXAMPLE, DeviceConfig
 from device_client.doctor import doctor
-from device_client.eligibility import Rules, Verdict, judge
 from device_client.enrolment import enrol, forget_bundle
+from device_client.holding import held
 from device_client.identity import Identity
 from device_client.inference import infer, predict
 from device_client.journal import Journal
 from device_client.options import FOLDER
 from device_client.outbox import DamagedOutboxError, Outbox
-from device_client.readings import take_readings
-from device_client.sandbox.trainer import Sandbox, SandboxSettings
+from device_client.running import judged, work
 from device_client.trainer import Progress
 from device_client.trial import run_trial
 
@@ -105,17 +94,36 @@ def run(
     Example:
       midge-device run --dir ./ward-3 --data npz:samples.npz
     """
+    settings, path = _settings_to_run(
+        folder, config, assignments, broker, data=data, role=role, log=log
+    )
+    show_log(settings.log)
+    identity = _identity_to_run(folder, bundle)
+    stopped = stop_on_signals()  # from here on: until now there was nothing to end in order
+    if not (folder / "device.toml").exists():
+        with contextlib.suppress(LocalError):  # it is for reading; a full disk stops nobody
+            write_atomic(folder / "device.toml", EXAMPLE.encode())
+    with held(folder) as disk:
+        work(identity, folder, settings, path, stopped.is_set, disk=disk)
+
+
+def _settings_to_run(
+    folder: Path,
+    config: Path | None,
+    assignments: tuple[str, ...],
+    broker: str | None,
+    **options: str | None,
+) -> tuple[DeviceConfig, Path]:
+    """The settings, whose data source is there, and the file that they are from."""
     path = config or folder / "device.toml"
     settings = load_config(path, DeviceConfig) if config else _settings(path)
     host, port = _host_port(broker)
     settings = overridden(
         assigned(settings, assignments),
         "command line",
-        data=data,
-        role=role,
         broker_host=host,
         broker_port=port,
-        log=log,
+        **options,
     )
     if not settings.data:
         raise LocalError(
@@ -123,7 +131,11 @@ def run(
             f"or set data in {path}"
         )
     _look_for(settings.data)
-    show_log(settings.log)
+    return settings, path
+
+
+def _identity_to_run(folder: Path, bundle: Path | None) -> Identity:
+    """Who this device is; enrolled with the bundle, if it was not before."""
     identity = identities.load(folder)
     if identity is None and bundle is not None and bundle.exists():
         identity = _enrol(bundle, folder, 600.0)
@@ -136,12 +148,7 @@ def run(
         )
     if bundle is not None:
         _forget(bundle, folder, identity)
-    stopped = stop_on_signals()  # from here on: until now there was nothing to end in order
-    if not (folder / "device.toml").exists():
-        with contextlib.suppress(LocalError):  # it is for reading; a full disk stops nobody
-            write_atomic(folder / "device.toml", EXAMPLE.encode())
-    with _alone(folder):
-        _run(identity, folder, settings, path, stopped.is_set)
+    return identity
 
 
 def _look_for(source: str) -> None:
@@ -155,77 +162,6 @@ def _look_for(source: str) -> None:
     path = rest if kind in ("npz", "csv") else kind
     if (kind in ("npz", "csv") or path.endswith(".py")) and not Path(path).exists():
         raise LocalError(f"the data source {source!r} is not there; correct the path")
-
-
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """One agent for one device: two take each other's connection, for ever."""
-    with disk_errors(folder):
-        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise LocalError(
-                f"a midge-device runs in {folder} already; stop that first "
-                "(sudo systemctl stop midge-device), or say another --dir"
-            ) from None
-        yield
-    finally:
-        os.close(fd)
-
-
-def _run(
-    identity: Identity,
-    folder: Path,
-    settings: DeviceConfig,
-    path: Path,
-    stopped: Callable[[], bool],
-) -> None:
-    """`path`: the file that the settings are from."""
-    journal = Journal(folder)
-    boot = journal.boot()
-
-    def connect(who: Identity) -> Link:
-        lost = Presence(state="lost", boot=boot, role=settings.role)
-        topic = Topics(who.federation).state(who.device)
-        return access_to_work(folder, who, settings, path).open(
-            who.device,
-            seed=who.keys.tls_seed,
-            will=Message(topic, messages.encode_json(lost), retained=True),
-            keepalive_s=settings.keepalive_s,
-            protocol=settings.mqtt,
-            packet_bytes_max=settings.packet_bytes_max,
-            inflight_max=settings.inflight_max,
-            publishes_per_s=settings.publishes_per_s,
-            wait_s=None,  # a device waits for its broker, however long
-        )
-
-    def relink(old: Link, who: Identity) -> Link:
-        old.close()
-        return connect(who)
-
-    sandbox = Sandbox(SandboxSettings.of(settings))
-    agent = Agent(
-        identity, connect(identity), journal=journal, load=sandbox.load, role=settings.role,
-        boot=boot, draw=random.random, relink=relink, software=f"midge {version('midge')}",
-        judged=_judged(folder, settings.eligibility), keeps_model=settings.keep_model,
-        personal_epochs=settings.personal_epochs,
-    )  # fmt: skip
-    try:
-        turning = Supervisor().watched(stopped, lambda: agent.state.value)
-        sandbox.while_waiting = turning  # samples may take long to come
-        agent.run(turning)
-    finally:
-        sandbox.close()
-        agent.link.close()
-
-
-def _judged(folder: Path, rules: Rules) -> Callable[[int | None], list[Verdict]] | None:
-    """What the owner's rules say of this machine now; None where there are no rules."""
-    if rules == Rules():
-        return None
-    return lambda samples: judge(rules, take_readings(folder, rules, samples=samples))
 
 
 @device.command("status")
@@ -251,8 +187,9 @@ def status(folder: Path, as_json: bool) -> None:
         "outbox": _waiting(folder),
         "model": models.kept(folder, "global"),
     }
-    judged = _judged(folder, _settings(folder / "device.toml").eligibility)
-    verdicts = [] if judged is None else judged(None)
+    rules = _settings(folder / "device.toml").eligibility
+    judge = judged(folder, rules)
+    verdicts = [] if judge is None else judge(None)
     facts["eligibility"] = [
         {"rule": v.rule, "reading": v.reading, "holds": v.holds} for v in verdicts
     ]

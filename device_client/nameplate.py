@@ -11,7 +11,7 @@ from typing import Literal
 from msgspec import UnsetType
 
 from broker_bridge.disk import DiskFullError
-from broker_bridge.errors import LinkError
+from broker_bridge.errors import LinkError, LocalError
 from broker_bridge.link.base import Link
 from broker_bridge.wire import messages
 from broker_bridge.wire.messages import Measured, Presence
@@ -56,7 +56,10 @@ class Nameplate:
         self._shown = None
 
     def show(self, person: Participant, measured: Measured | UnsetType, link: Link) -> None:
-        """Show where `person` stands, and what training costs here, if that is worth it."""
+        """Show where `person` stands, and what training costs here, if that is worth it.
+
+        Raises LocalError for a disk that takes nothing more, unless it is only full.
+        """
         present = Presence(
             state=_PRESENCE[person.state],
             boot=self._boot,
@@ -72,16 +75,18 @@ class Nameplate:
             self._show(present, link)
 
     def show_asleep(self, person: Participant, link: Link) -> None:
-        """Nobody need wait for this device."""
-        self._show(Presence(state="sleeping", boot=self._boot, role=person.role), link)
+        """Nobody need wait for this device, whatever ended its work: its disk, for example."""
+        with contextlib.suppress(LocalError):
+            self._show(Presence(state="sleeping", boot=self._boot, role=person.role), link)
 
     def _show(self, presence: Presence, link: Link) -> None:
         if presence == self._shown:
             return
         self._shown = presence
-        with contextlib.suppress(DiskFullError):
-            self._journal.show(presence)
         try:
             link.publish(self._topic, messages.encode_json(presence), retain=True)
         except LinkError as error:
             log.warning("not sent: %s", error)
+        # Last: a disk that refuses must not keep it from the others.
+        with contextlib.suppress(DiskFullError):
+            self._journal.show(presence)

@@ -19,13 +19,25 @@ from broker_bridge.task.runtime import Evaluation, State, Step, TaskRuntime
 from broker_bridge.task.samples import Part, Samples, check_samples, part_of
 from broker_bridge.task.taskfile import Training
 
-__all__ = ["Apart", "LocalTrainer", "Progress", "Trained", "Trainer", "TrainingDivergedError"]
+__all__ = [
+    "Apart",
+    "LocalTrainer",
+    "NotLoadedError",
+    "Progress",
+    "Trained",
+    "Trainer",
+    "TrainingDivergedError",
+]
 
 Array = NDArray[Any]
 
 
 class TrainingDivergedError(LocalError):
     """The loss is no longer a number; nothing of this round may be sent."""
+
+
+class NotLoadedError(LocalError):
+    """Loading was given up because the device is stopping: nothing is wrong with task or data."""
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,7 @@ class Workbench:
         return content if sha256(content) == digest else None
 
     def use_task(self, content: bytes) -> None:
-        """Load a task and the samples for it. Raises PeerError, LocalError."""
+        """Load a task and the samples for it. Raises PeerError, LocalError, NotLoadedError."""
         plan = decode_plan(content)
         if self._plan is not None and self._plan.digest == plan.digest:
             return

@@ -74,6 +74,7 @@ class Process:
         self._stop_grace_s = stop_grace_s
         # Asked every second while we wait, by whoever must not wait in silence; True: give up.
         self.while_waiting: Callable[[], bool] | None = None
+        self.busy_with = "one step"  # what it is silent over
         self._give_up_s = math.inf  # when a process that was told to stop is ended
         self._ended = threading.Event()
         self._process: subprocess.Popen[bytes] | None = None
@@ -203,8 +204,8 @@ class Process:
         if now_s >= until_s:
             self.end()
             raise ProcessEndedError(
-                f"the training process gave no sign of life for {self._stall_s:g} s and was "
-                "ended; if one step takes that long here, set stall_s higher in device.toml"
+                f"the training process gave no sign of life for {self._stall_s:g} s and was ended; "
+                f"if {self.busy_with} takes that long here, set stall_s higher in device.toml"
             )
         left_s = min(until_s, self._give_up_s) - now_s
         if self.while_waiting is not None:

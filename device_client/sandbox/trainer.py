@@ -28,7 +28,7 @@ from device_client.sandbox import talk
 from device_client.sandbox.confinement import Confinement
 from device_client.sandbox.deaths import Deaths
 from device_client.sandbox.process import COMMAND, Process, ProcessEndedError, StoppedError
-from device_client.trainer import Progress, Trained
+from device_client.trainer import NotLoadedError, Progress, Trained
 
 __all__ = ["Sandbox", "SandboxSettings", "SandboxedTrainer"]
 
@@ -81,8 +81,8 @@ class Sandbox:
     def load(self, plan: Plan) -> "SandboxedTrainer":
         """Fetch the samples for `plan`; load it where it can do no harm.
 
-        `while_waiting` is asked every second; True: give up. Raises LocalError when data,
-        plan or process do not work.
+        `while_waiting` is asked every second; True: give up. Raises NotLoadedError then, and
+        LocalError when data, plan or process do not work.
         """
         self.close()
         self._deaths.begin(plan.digest)
@@ -90,7 +90,7 @@ class Sandbox:
         try:
             self._trainer.open(self.while_waiting)
         except StoppedError:
-            raise LocalError("the device is stopping") from None
+            raise NotLoadedError("the device is stopping") from None
         except BaseException:
             self.close()
             raise
@@ -187,7 +187,7 @@ class SandboxedTrainer:
             process.begin()
             process.while_waiting = while_waiting
             with self._deaths.counted():
-                ready = _ready(process)
+                ready = self._samples_fetched(process)
                 if not ready.samples:
                     raise process.nonsense("no samples")
                 process.say(talk.Build(), encode_plan(self.plan.task, self.plan.tflite))
@@ -200,6 +200,17 @@ class SandboxedTrainer:
             process.while_waiting = None
             self._on_ready(ready.confinement)
         return process
+
+    def _samples_fetched(self, process: Process) -> talk.Ready:
+        """Wait for the owner's data source. Raises LocalError, StoppedError."""
+        process.busy_with = f"the data source {self._settings.data}"
+        try:
+            found = _ready(process)
+        except StoppedError:
+            log.warning("%s was still at work when it was told to stop", process.busy_with)
+            raise
+        process.busy_with = "one step"
+        return found
 
     def interrupt(self) -> None:
         """Have the present work end at its next step. For any thread."""

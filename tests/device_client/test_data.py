@@ -43,6 +43,7 @@ def samples(): return Samples((X,), Y)
 def room(number): return X + number, Y
 def wrong(): return 5
 def broken(): raise KeyError("sensor")
+def leaves(): raise SystemExit("no sensor")
 NOT_A_FUNCTION = 1
 """
 
@@ -83,12 +84,21 @@ def test_a_function_of_an_installed_module_is_found() -> None:
         ("{}:room?floor=1", "cannot be called so"),
         ("{}:wrong", "returned int; return"),
         ("{}:broken", "failed: KeyError: 'sensor'"),
+        ("{}:leaves", "failed: SystemExit: no sensor"),
         ("csv:/no/such/folder", "there is no folder"),
     ],
 )
 def test_a_source_that_fails_is_named(source: str, spec: str, sentence: str) -> None:
     with pytest.raises(LocalError, match=sentence):
         load_samples(spec.format(source), TASK)
+
+
+def test_a_program_that_leaves_while_it_is_imported_is_named(tmp_path: Path) -> None:
+    """It took us with it, and the log said nothing but an exit code."""
+    program = tmp_path / "program.py"
+    program.write_text("import sys\nsys.exit(0)\n")
+    with pytest.raises(LocalError, match=r"cannot import .*program\.py.*: SystemExit: 0"):
+        load_samples(f"{program}:samples", TASK)
 
 
 def test_a_folder_of_csv_files_gives_one_sample_a_row(tmp_path: Path) -> None:

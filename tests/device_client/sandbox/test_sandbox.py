@@ -22,7 +22,7 @@ from device_client.sample_store import SampleStore
 from device_client.sandbox import confinement
 from device_client.sandbox.process import COMMAND
 from device_client.sandbox.trainer import Sandbox, SandboxSettings
-from device_client.trainer import Trainer
+from device_client.trainer import NotLoadedError, Trainer
 from tests.fleets import ROOT, TASK, wait_until
 
 HERE = Path(__file__).parent
@@ -296,9 +296,23 @@ def test_whoever_waits_for_slow_samples_says_that_it_is_alive_and_may_give_up(bo
         return len(asked) == 3
 
     box.while_waiting = while_waiting
-    with pytest.raises(LocalError, match="the device is stopping"):
+    with pytest.raises(NotLoadedError, match="the device is stopping"):
         box.load(PLAN)
     assert len(asked) == 3
+
+
+def test_a_data_source_that_takes_too_long_is_named(boxes):
+    with pytest.raises(LocalError, match=r"if the data source .*sources.py:slow takes that long"):
+        boxes("slow", stall_s=1.0).load(PLAN)
+
+
+def test_a_data_source_that_is_still_at_work_when_the_round_is_over_is_named(boxes, caplog):
+    box = boxes("slow")
+    box.while_waiting = lambda: True
+    with pytest.raises(NotLoadedError):
+        box.load(PLAN)
+    (said,) = caplog.messages
+    assert f"the data source {SOURCES}:slow was still at work" in said
 
 
 def test_an_evaluation_stops_between_batches(boxes):
