@@ -28,8 +28,8 @@ class Rejects:
     def restore(self) -> None:
         """Go on from what was written down."""
         with self._ledger.db.reading() as tx:
-            self._counts.update(tx.rejects())
-        self._kept = Counter(self._counts)
+            self._kept = Counter(tx.rejects())
+        self._counts.update(self._kept)
 
     def count(self, error: PeerError, topic: str) -> None:
         """One more. Whoever sends nonsense for hours must not fill the disk with lines about it:
