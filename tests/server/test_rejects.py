@@ -142,8 +142,8 @@ def test_what_was_dropped_before_the_restore_is_not_lost_by_it(ledger, clock):
 
 
 def set_read_only(ledger, value):
-    with ledger.db._engine.connect() as connection:
-        connection.exec_driver_sql(f"PRAGMA query_only={value}")
+    with closing(ledger.db._engine.raw_connection()) as connection:
+        connection.cursor().execute(f"PRAGMA query_only={value}")
 
 
 def test_a_database_that_says_no_costs_no_count_and_no_server(rejects, ledger, caplog):
