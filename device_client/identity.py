@@ -13,7 +13,7 @@ in mid-enrolment loses nothing: the same keys are sent again.
 import base64
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
@@ -95,10 +95,16 @@ class FleetKey(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return f"FleetKey({self.epoch})"
 
 
+class _Format(msgspec.Struct):
+    """All that is asked of a file of another version."""
+
+    format: int
+
+
 class Identity(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """An enrolled device. `repr` shows no secret."""
 
-    format: int = 1
+    format: Literal[1] = 1
     federation: str
     device: str
     broker_host: str
@@ -281,9 +287,22 @@ def _read(path: Path, kind: type[T], disk: Disk) -> T:
     try:
         return msgspec.json.decode(data, type=kind)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        if _is_newer(data):
+            raise LocalError(
+                f"{path} was written by a newer midge; install that one again, and keep the file: "
+                "it holds this device's keys"
+            ) from None
         raise LocalError(
             f"{path} is damaged ({error}); restore it from a backup, or remove it and enrol anew"
         ) from None
+
+
+def _is_newer(data: bytes) -> bool:
+    """Whether a whole file says that it is of a later format."""
+    try:
+        return msgspec.json.decode(data, type=_Format).format > 1
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        return False
 
 
 def tls_files(folder: Path, identity: Identity) -> TlsFiles:

@@ -5,6 +5,7 @@ same bytes back however often it is asked. What is not whole on disk is never se
 `find` only looks, beside a device at work as well; everything else is for the agent alone.
 """
 
+import contextlib
 import logging
 import os
 import struct
@@ -79,7 +80,7 @@ class Outbox:
 
     def discard(self) -> None:
         """Forget the update: it has its final answer, or its round is over."""
-        with disk_errors(self._path):
+        with disk_errors(self._path), contextlib.suppress(FileNotFoundError):  # nor its folder
             self._disk.unlink(self._path)
         self._init = None
 

@@ -62,15 +62,23 @@ class Renewer:
         return messages.signed(sign, "renew", identity.scope, message)
 
     def answer(self, identity: Identity, welcome: Welcome) -> Identity:
-        """The identity that an answer gives us. Raises PeerError for one that is not ours."""
+        """The identity that an answer gives us. Raises PeerError for one that is not ours, or is
+        older than one that was taken."""
         contact = Contact(identity.federation, identity.device, identity.psk)
         offered = self.offered(identity)
         for keys in [identity.keys] if offered is None else [offered, identity.keys]:
             for nonce in reversed(self._nonces):
                 found = _opened(contact, welcome, keys, identity.server_kem, nonce)
                 if found is not None:
-                    return identities.renewed(identity, found, keys)
+                    new = identities.renewed(identity, found, keys)
+                    self._forget_before(nonce)
+                    return new
         raise PeerError("stale_answer", "an answer to no question of ours")
+
+    def _forget_before(self, nonce: bytes) -> None:
+        """An answer to an older question would bring an older certificate back."""
+        while self._nonces[0] != nonce:
+            self._nonces.popleft()
 
 
 def is_meant(identity: Identity, request: Renewal) -> bool:

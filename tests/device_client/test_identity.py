@@ -45,6 +45,17 @@ def test_a_device_that_never_enrolled_has_none(tmp_path):
     assert identities.load(tmp_path) is None
 
 
+@pytest.mark.parametrize("more", [{}, {"tomorrow": {"key": 1}}])
+def test_an_identity_of_a_newer_version_is_not_called_damaged(enrolled, more):
+    """After a downgrade it said: remove it and enrol anew. That would have cost the keys."""
+    folder, _ = enrolled
+    path = folder / "identity.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 2} | more))
+    with pytest.raises(LocalError, match=r"identity\.json was written by a newer midge") as told:
+        identities.load(folder)
+    assert "remove" not in str(told.value)
+
+
 def test_every_secret_is_for_its_owner_alone(enrolled):
     folder, identity = enrolled
     identities.tls_files(folder, identity)

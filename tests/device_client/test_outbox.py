@@ -80,7 +80,9 @@ def test_whoever_only_looks_leaves_a_damaged_update_where_it_is(tmp_path):
 
 
 def test_whoever_only_looks_makes_no_folder(tmp_path):
-    assert Outbox(tmp_path / "outbox").find() is None
+    outbox = Outbox(tmp_path / "outbox")
+    assert outbox.find() is None
+    outbox.discard()
     assert list(tmp_path.iterdir()) == []
 
 
