@@ -19,6 +19,7 @@ import numpy as np
 from benchmarks.machine import Spread, header, table
 from broker_bridge.task.runtime import TaskRuntime
 from broker_bridge.task.taskfile import decode_task
+from broker_bridge.wire.weights import encode
 from device_client.data import load_samples
 from device_client.trainer import Trainer
 from examples.simulate import mnist
@@ -50,7 +51,7 @@ def rounds_to_target(split: str, seed: int, limit: int) -> tuple[int | None, flo
             )
             assert trained is not None
             deltas = {name: trained.weights[name] - weights[name] for name in weights}
-            total.add(deltas, trained.examples)
+            total.add(encode(deltas), trained.examples)
         weights, state = optimiser.apply(weights, total.mean(), state)
         best = max(best, runtime.evaluate(weights, test).metrics["accuracy"])
         if best >= TARGET:

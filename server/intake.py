@@ -20,7 +20,6 @@ from broker_bridge.wire.chunks import Layout, chunk_header, open_chunk, tags_dig
 from broker_bridge.wire.envelope import AEAD_TAG_BYTES, ChunkKey, KemKey, sha256
 from broker_bridge.wire.messages import Announcement, Init
 from broker_bridge.wire.update import Binding, update_key
-from server.aggregation.bounds import check_update
 from server.aggregation.exact import ExactSum
 from server.events import Accept, Accepted, Refused, Upload
 from server.store import rows
@@ -160,12 +159,15 @@ class Intake:
 
     def add(self, init: Init) -> None:
         """Open and check a complete update, and add it to the sum. Raises PeerError, LocalError."""
+        bound = self.announcement.delta_bound
+        self.sum.add(self._taken_up(init), init.examples, delta_bound=bound)
+
+    def _taken_up(self, init: Init) -> bytes:
+        """A complete update, opened; what was kept of it in memory is let go."""
         incoming = self.uploads[init.upload]
-        deltas = weights.decode(self._at_hand(incoming) or self._opened(incoming))
+        update = self._at_hand(incoming) or self._opened(incoming)
         self._let_go(incoming)
-        weights.check(deltas, self.sum.specs)
-        check_update(deltas, delta_bound=self.announcement.delta_bound)
-        self.sum.add(deltas, init.examples)
+        return update
 
     def _at_hand(self, incoming: _Incoming) -> bytes | None:
         """The update, if every chunk of it is still in memory as it was opened."""
@@ -254,12 +256,10 @@ class Intake:
     def _take_out(self, init: Init) -> None:
         """Take one update out of the sum; if it cannot be read any more, add the others anew."""
         try:
-            deltas = weights.decode(self._opened(self.uploads[init.upload]))
+            self.sum.remove(self._opened(self.uploads[init.upload]), init.examples)
         except (PeerError, LocalError) as error:
             log.warning("the sum is made anew: %s", error)
             self._sum_again()
-            return
-        self.sum.remove(deltas, init.examples)
 
     # ── coming back ─────────────────────────────────────────────────────────────────────
 
@@ -300,7 +300,7 @@ class Intake:
     def _add_promised(self, device: str, init: Init) -> None:
         """Add an update that has a receipt; without it there is no model of this round."""
         try:
-            self.add(init)
+            self.sum.add(self._taken_up(init), init.examples)  # it was judged at its receipt
         except PeerError as error:
             raise LocalError(
                 f"{self._spool.folder}/{init.upload.hex()}.update: the update of {device} has a "

@@ -9,6 +9,7 @@ long as the header says, that a bool is 0 or 1, and that names can go into a log
 never unpickles, and copies nothing but headers.
 """
 
+import itertools
 import math
 import struct
 from collections.abc import Mapping, Sequence
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 from broker_bridge.errors import PeerError
 from broker_bridge.limits import LIMITS
 
-__all__ = ["TensorSpec", "Tensors", "check", "decode", "encode", "specs_of"]
+__all__ = ["Form", "TensorSpec", "Tensors", "check", "decode", "encode", "specs_of"]
 
 Tensors = Mapping[str, NDArray[Any]]
 
@@ -66,12 +67,17 @@ def encode(tensors: Tensors) -> bytes:
     for spec in specs:
         if spec.dtype not in _DTYPES:
             raise ValueError(f"tensor {spec.name!r} has dtype {spec.dtype}, which does not travel")
-    header = msgspec.msgpack.encode(specs)
     values = (
         np.ascontiguousarray(array).astype(_DTYPES[spec.dtype], copy=False).tobytes()
         for spec, array in zip(specs, tensors.values(), strict=True)
     )
-    return b"".join((_PREFIX.pack(_MAGIC, len(header)), header, *values))
+    return b"".join((_opening(specs), *values))
+
+
+def _opening(specs: tuple[TensorSpec, ...]) -> bytes:
+    """What `encode` writes before the values of tensors with these specs."""
+    header = msgspec.msgpack.encode(specs)
+    return _PREFIX.pack(_MAGIC, len(header)) + header
 
 
 def decode(data: bytes | memoryview) -> dict[str, NDArray[Any]]:
@@ -109,6 +115,53 @@ def check(tensors: Tensors, expected: Sequence[TensorSpec]) -> None:
                 f"got {have.name} {have.dtype}{list(have.shape)}",
             )
     raise PeerError("wrong_shape", f"expected {len(expected)} tensors, got {len(found)}")
+
+
+class Form:
+    """The bytes that tensors of given specs have, and where in them which values lie.
+
+    A server reads the same tensors from many devices. Bytes that begin as `encode` would
+    begin them, and are as long, need no decoding: they are these tensors by construction.
+    """
+
+    def __init__(self, specs: Sequence[TensorSpec]) -> None:
+        self.specs = tuple(specs)
+        self._opening = _opening(self.specs)
+        ends = itertools.accumulate((s.nbytes for s in self.specs), initial=len(self._opening))
+        *starts, self.nbytes = ends
+        self._bools = _runs(self.specs, starts, "bool")
+        self.floats = _runs(self.specs, starts, "float32")
+        """The float32 values, in order, as (first byte, count): what lies together is one."""
+
+    def conform(self, data: bytes) -> bytes:
+        """Return `data`, or if its header is written in another way, the same under our own.
+
+        Raises PeerError as `decode` and `check` do, but for one thing: it does not look at
+        floats. Whoever reads them must, and has `decode` say where one is not finite.
+        """
+        if len(data) == self.nbytes and data.startswith(self._opening) and self._bools_hold(data):
+            return data
+        tensors = decode(data)
+        check(tensors, self.specs)
+        return encode(tensors)
+
+    def _bools_hold(self, data: bytes) -> bool:
+        found = (np.frombuffer(data, np.uint8, count, start) for start, count in self._bools)
+        return all(values.max() <= 1 for values in found)
+
+
+def _runs(
+    specs: Sequence[TensorSpec], starts: Sequence[int], dtype: str
+) -> tuple[tuple[int, int], ...]:
+    """Where values of this dtype lie, as (first byte, count); none of them is empty."""
+    runs: list[tuple[int, int]] = []
+    end = -1
+    for spec, start in zip(specs, starts, strict=True):
+        if spec.dtype == dtype and spec.size:
+            first, count = runs.pop() if start == end else (start, 0)
+            runs.append((first, count + spec.size))
+            end = start + spec.nbytes
+    return tuple(runs)
 
 
 def _decode_header(data: bytes | memoryview) -> tuple[tuple[TensorSpec, ...], int]:

@@ -13,8 +13,12 @@ What is lost is what lies below 2^-F: a value is off by at most 2^-(F+1).
 """
 
 import hashlib
+import itertools
+import math
 import struct
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,15 +26,71 @@ from numpy.typing import NDArray
 from broker_bridge.errors import LocalError, PeerError
 from broker_bridge.limits import LIMITS
 from broker_bridge.wire import weights
-from broker_bridge.wire.weights import Tensors, TensorSpec
+from broker_bridge.wire.weights import Form, TensorSpec
+from server.aggregation.bounds import check_norm
 
 __all__ = ["SUM_MAX", "ExactSum"]
 
 SUM_MAX = 2**63 - 1
-_BLOCK_VALUES = 65_536  # temporaries of half a mebibyte, whatever the size of a tensor
+_BLOCK_VALUES = 65_536  # two temporaries of half a mebibyte, however large a model is
 _STATE = struct.Struct("<4sB3xQQQ")  # magic, fraction bits, count, weight, bound
 _MAGIC = b"mgs1"
 _DIGEST_BYTES = 32
+_FLOAT32 = np.dtype("<f4")
+_Value = TypeVar("_Value", np.int64, np.float32)
+
+
+@dataclass(frozen=True)
+class _Block:
+    """A stretch of float32 values: where it begins in an update, its sums, and room to work in.
+
+    All blocks work in the same room: `values` holds what was read last, whichever read it.
+    """
+
+    start: int
+    sums: NDArray[np.int64]
+    values: NDArray[np.float64]
+    fixed: NDArray[np.int64]  # the same memory as `values`
+    squares: NDArray[np.float64]
+
+    def measure(self, update: bytes) -> tuple[float, float]:
+        """Read the block; return ΣΔ² and max|Δ|. Raises PeerError `not_finite`."""
+        found = np.frombuffer(update, _FLOAT32, self.sums.size, self.start)
+        low, high = float(np.minimum.reduce(found)), float(np.maximum.reduce(found))
+        if not math.isfinite(high - low):  # NaN goes through both; infinity is one of them
+            weights.decode(update)  # refuses it, and says in which tensor
+        np.copyto(self.values, found)
+        np.square(self.values, out=self.squares)  # in float64, where that of no float32 overflows
+        return float(np.add.reduce(self.squares)), max(-low, high)
+
+    def read(self, update: bytes) -> None:
+        """Read the block again."""
+        np.copyto(self.values, np.frombuffer(update, _FLOAT32, self.sums.size, self.start))
+
+    def add(self, weight: int) -> None:
+        """Add weight · q to the sums, once what was read is q."""
+        np.multiply(self.fixed, weight, out=self.fixed)
+        np.add(self.sums, self.fixed, out=self.sums)
+
+
+class _FixedPoint:
+    """How Δ becomes q = rint(Δ · 2^F), an int64 in the same eight bytes."""
+
+    def __init__(self, fraction_bits: int) -> None:
+        self.scale = 2.0**fraction_bits
+        self._anchor = np.float64(1.5 * 2**52 / self.scale)
+        self._anchor_bits = self._anchor.view(np.int64)
+
+    def convert(self, block: _Block, largest: int) -> None:
+        """Replace what was read of a block by its q, of which none is larger than `largest`."""
+        if largest < 2**51:
+            # Beside 1.5 · 2^(52-F) the last place of a float64 is worth 2^-F. So the addition
+            # rounds as rint does, and its bits are q more than those of the anchor itself.
+            np.add(block.values, self._anchor, out=block.values)
+            np.subtract(block.fixed, self._anchor_bits, out=block.fixed)
+        else:  # the same in more time: NumPy casts to int64 one by one
+            np.multiply(block.values, self.scale, out=block.values)
+            np.rint(block.values, out=block.fixed, casting="unsafe")
 
 
 class ExactSum:
@@ -51,64 +111,86 @@ class ExactSum:
         self.count = 0
         self.weight = 0
         self._bound = 0
-        self._sums = {
-            spec.name: np.zeros(spec.shape, np.int64)
-            for spec in self.specs
-            if spec.dtype == "float32"
-        }
+        self._point = _FixedPoint(fraction_bits)
+        self._form = Form(self.specs)
+        self._flat = np.zeros(sum(count for _, count in self._form.floats), np.int64)
+        self._sums = self._by_name(self._flat)
+        self._blocks = self._cut()
 
-    def add(self, deltas: Tensors, weight: int) -> None:
+    def _by_name(self, flat: NDArray[_Value]) -> dict[str, NDArray[_Value]]:
+        """The float32 tensors in `flat`, which holds them end to end: views, not copies."""
+        floats = [spec for spec in self.specs if spec.dtype == "float32"]
+        parts = _parts(flat, [spec.size for spec in floats])
+        return {s.name: part.reshape(s.shape) for s, part in zip(floats, parts, strict=True)}
+
+    def _cut(self) -> list[_Block]:
+        """The blocks of an update: as much as lies together in it, and as there is room for."""
+        stretches = [
+            (start + first * _FLOAT32.itemsize, min(_BLOCK_VALUES, count - first))
+            for start, count in self._form.floats
+            for first in range(0, count, _BLOCK_VALUES)
+        ]
+        sizes = [size for _, size in stretches]
+        values, squares = np.empty((2, max(sizes, default=0)))
+        fixed = values.view(np.int64)
+        return [
+            _Block(start, sums, values[:size], fixed[:size], squares[:size])
+            for (start, size), sums in zip(stretches, _parts(self._flat, sizes), strict=True)
+        ]
+
+    def add(self, update: bytes, weight: int, *, delta_bound: float | None = None) -> None:
         """Add one update: all of it, or, when a PeerError is raised, nothing.
 
-        `deltas` has exactly the specs' tensors, in their order. Reasons: `bad_weight`,
-        `wrong_shape` (or name, or dtype), `not_finite`, `overflow`.
+        `update` is `weights.encode` of exactly the specs' tensors, in their order. Reasons: what
+        `weights.decode` and `check` raise; `out_of_bounds`, when `delta_bound` is given;
+        `bad_weight`; `overflow`.
         """
-        if isinstance(weight, bool) or not isinstance(weight, int):
-            raise PeerError("bad_weight", "a weight is a whole number")
-        if not 1 <= weight <= self.weight_max:
-            raise PeerError("bad_weight", f"a weight is 1 to {self.weight_max}, not {weight}")
-        weights.check(deltas, self.specs)
-        bound = self._bound + weight * self._largest(deltas)
+        update = self._form.conform(update)
+        norm, largest = self._measure(update)
+        if delta_bound is not None:
+            check_norm(norm, delta_bound=delta_bound)
+        self._check_weight(weight)
+        bound = self._bound + weight * largest
         if bound > SUM_MAX or self.weight + weight > SUM_MAX:
             raise PeerError("overflow", "the sum would no longer be exact with this update")
-        for name, sums in self._sums.items():
-            self._add_tensor(sums, deltas[name], weight)
+        self._add_measured(update, weight, largest)
         self._bound = bound
         self.count += 1
         self.weight += weight
 
-    def remove(self, deltas: Tensors, weight: int) -> None:
-        """Take an update out that was added: every bit is then as if it had never come."""
-        weights.check(deltas, self.specs)
-        for name, sums in self._sums.items():
-            self._add_tensor(sums, deltas[name], -weight)
-        self._bound -= weight * self._largest(deltas)
+    def remove(self, update: bytes, weight: int) -> None:
+        """Take an update out that was added: every bit is then as if it had never come.
+
+        Raises PeerError, and takes out nothing, when it is none that can have been added.
+        """
+        update = self._form.conform(update)
+        _, largest = self._measure(update)
+        self._add_measured(update, -weight, largest)
+        self._bound -= weight * largest
         self.count -= 1
         self.weight -= weight
 
-    def _largest(self, deltas: Tensors) -> int:
-        """max|q| over all tensors, exactly: rint is monotone, so it is q of max|Δ|."""
-        peaks = [0.0]
-        for name in self._sums:
-            array = deltas[name]
-            if array.size:
-                # NaN goes through max and min; infinity is one of them.
-                low, high = float(array.min()), float(array.max())
-                if not (np.isfinite(low) and np.isfinite(high)):
-                    raise PeerError("not_finite", f"tensor {name!r} holds NaN or infinity")
-                peaks += [-low, high]
-        return int(np.rint(max(peaks) * 2.0**self.fraction_bits))
+    def _check_weight(self, weight: int) -> None:
+        if isinstance(weight, bool) or not isinstance(weight, int):
+            raise PeerError("bad_weight", "a weight is a whole number")
+        if not 1 <= weight <= self.weight_max:
+            raise PeerError("bad_weight", f"a weight is 1 to {self.weight_max}, not {weight}")
 
-    def _add_tensor(self, sums: NDArray[np.int64], delta: NDArray[np.float32], weight: int) -> None:
-        scale = 2.0**self.fraction_bits
-        into, flat = sums.reshape(-1), delta.reshape(-1)
-        for start in range(0, flat.size, _BLOCK_VALUES):
-            block = slice(start, start + _BLOCK_VALUES)
-            # Exact but for the rint: a float32 times a power of two fits a float64.
-            scaled = np.multiply(flat[block], scale, dtype=np.float64)
-            fixed = np.rint(scaled, out=scaled).astype(np.int64)
-            fixed *= weight
-            into[block] += fixed
+    def _measure(self, update: bytes) -> tuple[float, int]:
+        """The L2 norm over all float32 values, and max|q|: rint is monotone, so q of max|Δ|."""
+        squares = largest = 0.0
+        for block in self._blocks:
+            found, peak = block.measure(update)
+            squares += found
+            largest = max(largest, peak)
+        return math.sqrt(squares), round(largest * self._point.scale)
+
+    def _add_measured(self, update: bytes, weight: int, largest: int) -> None:
+        for block in reversed(self._blocks):
+            if block is not self._blocks[-1]:  # that one was measured last, and is read already
+                block.read(update)
+            self._point.convert(block, largest)
+            block.add(weight)
 
     def mean(self) -> dict[str, NDArray[np.float32]]:
         """Σ weight · Δ / Σ weight of each float32 tensor: float64 throughout, float32 at the end.
@@ -118,18 +200,14 @@ class ExactSum:
         """
         if not self.weight:
             raise ValueError("there is no mean of no updates")
-        return {name: self._mean_of(sums) for name, sums in self._sums.items()}
-
-    def _mean_of(self, sums: NDArray[np.int64]) -> NDArray[np.float32]:
-        mean = np.empty(sums.shape, np.float32)
-        into, flat = mean.reshape(-1), sums.reshape(-1)
-        for start in range(0, flat.size, _BLOCK_VALUES):
-            block = slice(start, start + _BLOCK_VALUES)
-            values = flat[block].astype(np.float64)
+        mean = np.empty(self._flat.size, np.float32)
+        for first in range(0, mean.size, _BLOCK_VALUES):
+            place = slice(first, first + _BLOCK_VALUES)
+            values = self._flat[place].astype(np.float64)
             values /= float(self.weight)
-            values *= 2.0**-self.fraction_bits
-            into[block] = values
-        return mean
+            values *= 1 / self._point.scale
+            mean[place] = values
+        return self._by_name(mean)
 
     def digest(self) -> bytes:
         """SHA-256 over everything that the result depends on, 32 bytes."""
@@ -166,3 +244,9 @@ class ExactSum:
             self._sums[name][...] = values
         self.count, self.weight, self._bound = count, weight, bound
         return self
+
+
+def _parts(flat: NDArray[_Value], sizes: Sequence[int]) -> list[NDArray[_Value]]:
+    """`flat`, cut into views of these sizes."""
+    ends = itertools.accumulate(sizes)
+    return [flat[end - size : end] for end, size in zip(ends, sizes, strict=True)]

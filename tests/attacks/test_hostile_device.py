@@ -9,7 +9,6 @@ import pytest
 
 from broker_bridge.wire.messages import Ack, Busy
 from broker_bridge.wire.topics import Topics
-from server.aggregation.bounds import l2_norm
 from tests.fleets import TOPICS, write_samples
 
 BOUND = 2.0
@@ -23,6 +22,10 @@ def arena(worlds):
     world.a, world.b, world.evil = (world.hand(n) for n in ("a", "b", "evil"))
     assert world.tell(cmd="start", target=3, quorum=2)["ok"]
     return world
+
+
+def l2_norm(tensors):
+    return float(np.sqrt(sum(np.square(a, dtype=np.float64).sum() for a in tensors.values())))
 
 
 def model_of(world):

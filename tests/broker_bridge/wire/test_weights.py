@@ -2,6 +2,7 @@
 
 import json
 import struct
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 
 from broker_bridge.errors import PeerError
 from broker_bridge.wire import weights
-from broker_bridge.wire.weights import TensorSpec
+from broker_bridge.wire.weights import Form, TensorSpec
 
 VECTORS = json.loads((Path(__file__).parents[2] / "vectors" / "weights-v1.json").read_text())
 
@@ -74,6 +75,19 @@ def test_tensors_come_back_with_name_order_dtype_shape_and_bits(
 def test_a_transposed_view_travels_by_its_values() -> None:
     kernel = SMALL["dense/kernel"].T
     assert same(weights.decode(weights.encode({"k": kernel}))["k"], kernel.copy())
+
+
+@pytest.mark.parametrize("layout", ["fortran", "reversed", "big-endian", "read-only"])
+def test_however_an_array_lies_in_memory_its_values_travel(layout: str) -> None:
+    plain = np.arange(6, dtype=np.float32).reshape(2, 3)
+    lying = {
+        "fortran": np.asfortranarray(plain),
+        "reversed": plain[::-1, ::-1].copy()[::-1, ::-1],
+        "big-endian": plain.astype(">f4"),
+        "read-only": np.frombuffer(plain.tobytes(), np.float32).reshape(2, 3),
+    }[layout]
+    assert weights.encode({"x": lying}) == weights.encode({"x": plain})
+    assert lying.tolist() == plain.tolist()
 
 
 def test_what_is_decoded_cannot_be_written_to() -> None:
@@ -173,3 +187,88 @@ def test_tensors_that_the_task_does_not_expect_are_refused(specs: tuple[TensorSp
 def test_a_double_is_the_callers_mistake() -> None:
     with pytest.raises(ValueError, match="float64"):
         weights.encode({"w": np.zeros(1)})
+
+
+# ── The form of given tensors ───────────────────────────────────────────────────────────
+
+
+def refusal(read: Callable[[], object]) -> tuple[str, str] | None:
+    """The reason and the sentence with which `read` refuses, if it does."""
+    try:
+        read()
+    except PeerError as error:
+        return error.reason, str(error)
+    return None
+
+
+def read_as(data: bytes, specs: tuple[TensorSpec, ...]) -> None:
+    """What `Form.conform` promises to agree with, in as many words."""
+    weights.check(weights.decode(data), specs)
+
+
+@settings(deadline=None)
+@given(TENSORS)
+def test_a_form_takes_the_bytes_as_they_are_and_knows_where_the_floats_lie(
+    tensors: dict[str, NDArray[Any]],
+) -> None:
+    form, data = Form(weights.specs_of(tensors)), weights.encode(tensors)
+    assert form.conform(data) is data
+    floats = [a.tobytes() for a in tensors.values() if a.dtype == np.float32]
+    assert b"".join(data[at : at + 4 * n] for at, n in form.floats) == b"".join(floats)
+
+
+def test_floats_that_lie_together_are_one_stretch() -> None:
+    form = Form(weights.specs_of(SMALL))  # a kernel and a bias; what follows has no values
+    assert [count for _, count in form.floats] == [6]
+    apart = ("a", "float32", (2,)), ("n", "uint8", (1,)), ("b", "float32", (3,))
+    assert [n for _, n in Form([TensorSpec(*each) for each in apart]).floats] == [2, 3]
+
+
+def test_a_header_written_in_another_way_is_written_anew() -> None:
+    data = weights.encode({"w": np.arange(3, dtype=np.float32)})
+    wordy = packed(b"\xdc\x00\x01\x93\xd9\x01w\xa7float32\x91\xcd\x00\x03", data[-12:])
+    assert wordy != data
+    assert Form([TensorSpec("w", "float32", (3,))]).conform(wordy) == data
+
+
+ALTERED = st.lists(st.tuples(st.integers(0, 500), st.integers(0, 255)), max_size=4)
+
+
+@settings(deadline=None)
+@given(ALTERED, st.integers(0, 500) | st.none())
+def test_a_form_refuses_what_decoding_refuses_in_the_same_words(
+    changes: list[tuple[int, int]], length: int | None
+) -> None:
+    good = {n: a for n, a in SMALL.items() if a.dtype != np.float32} | {"w": np.ones(1, "f4")}
+    form, changed = Form(weights.specs_of(good)), bytearray(weights.encode(good))
+    for place, value in changes:
+        changed[place % len(changed)] = value
+    data = bytes(changed[:length])
+    wanted = refusal(lambda: read_as(data, form.specs))
+    if wanted is None or wanted[0] != "not_finite":  # those it leaves to whoever reads them
+        assert refusal(lambda: form.conform(data)) == wanted
+
+
+def test_a_form_refuses_what_is_cut_short_or_goes_on() -> None:
+    form, data = Form(weights.specs_of(SMALL)), weights.encode(SMALL)
+    for wrong in (*(data[:n] for n in range(len(data))), data + b"\0", data + data):
+        found = refusal(lambda: form.conform(wrong))  # noqa: B023 - called here
+        assert found is not None
+        assert found == refusal(lambda: weights.decode(wrong))  # noqa: B023 - called here
+
+
+@pytest.mark.parametrize("forgery", FORGERIES.values(), ids=FORGERIES.keys())
+def test_a_form_refuses_a_forgery(forgery: bytes) -> None:
+    for specs in (EXPECTED, (TensorSpec("w", "bool", (2,)),)):
+        assert refusal(lambda: Form(specs).conform(forgery)) == refusal(  # noqa: B023 - called here
+            lambda: weights.decode(forgery)
+        )
+
+
+@pytest.mark.parametrize("specs", WRONG.values(), ids=WRONG.keys())
+def test_a_form_refuses_other_tensors(specs: tuple[TensorSpec, ...]) -> None:
+    data = weights.encode({s.name: np.zeros(s.shape, s.dtype) for s in specs})
+    found = refusal(lambda: Form(EXPECTED).conform(data))
+    assert found is not None
+    assert found[0] == "wrong_shape"
+    assert found == refusal(lambda: read_as(data, EXPECTED))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from broker_bridge.errors import LocalError, PeerError
-from broker_bridge.wire.weights import TensorSpec
+from broker_bridge.wire.weights import TensorSpec, encode
 from server.aggregation.exact import SUM_MAX, ExactSum
 
 SPECS = (
@@ -45,7 +45,7 @@ def filled(given: list[float]) -> Deltas:
 def summed(updates: list[Update], *, bits: int = BITS) -> ExactSum:
     total = ExactSum(SPECS, fraction_bits=bits)
     for delta, weight in updates:
-        total.add(delta, weight)
+        total.add(encode(delta), weight)
     return total
 
 
@@ -53,10 +53,14 @@ def zeros() -> Deltas:
     return {spec.name: np.zeros(spec.shape, np.float32) for spec in SPECS}
 
 
-def one(value: float) -> tuple[ExactSum, Deltas]:
+def one(value: float) -> tuple[ExactSum, bytes]:
     """A sum over a single tensor of a single value, and an update of that value."""
     spec = TensorSpec("x", "float32", (1,))
-    return ExactSum([spec], fraction_bits=BITS), {"x": np.array([value], np.float32)}
+    return ExactSum([spec], fraction_bits=BITS), single(value)
+
+
+def single(value: float) -> bytes:
+    return encode({"x": np.array([value], np.float32)})
 
 
 # ── Exact ───────────────────────────────────────────────────────────────────────────────
@@ -104,7 +108,7 @@ def test_what_was_taken_out_has_left_no_bit_behind(
 ) -> None:
     total = summed(random.sample([*kept, *taken], len(kept) + len(taken)))
     for delta, weight in taken:
-        total.remove(delta, weight)
+        total.remove(encode(delta), weight)
     assert total.digest() == summed(kept).digest()
 
 
@@ -116,7 +120,7 @@ def test_any_order_gives_the_same_bits_where_floats_would_not() -> None:
     for order in orders:
         total, _ = one(0)
         for value in order:
-            total.add({"x": np.array([value])}, 1)
+            total.add(single(value), 1)
         results.append(total.mean()["x"].tobytes())
     assert results == [np.float32(2**-20 / 3).tobytes()] * 3
 
@@ -126,23 +130,9 @@ def test_a_tensor_larger_than_a_block_is_summed_to_its_end() -> None:
     spec = TensorSpec("x", "float32", (size,))
     total = ExactSum([spec], fraction_bits=16)
     delta = np.arange(size, dtype=np.float32)
-    total.add({"x": delta}, 3)
-    total.add({"x": delta}, 4)
+    total.add(encode({"x": delta}), 3)
+    total.add(encode({"x": delta}), 4)
     assert total.mean()["x"].tobytes() == delta.tobytes()
-
-
-@pytest.mark.parametrize("layout", ["fortran", "reversed", "big-endian", "read-only"])
-def test_however_an_array_lies_in_memory_its_values_are_summed(layout: str) -> None:
-    plain = np.arange(6, dtype=np.float32).reshape(2, 3)
-    lying = {
-        "fortran": np.asfortranarray(plain),
-        "reversed": plain[::-1, ::-1].copy()[::-1, ::-1],
-        "big-endian": plain.astype(">f4"),
-        "read-only": np.frombuffer(plain.tobytes(), np.float32).reshape(2, 3),
-    }[layout]
-    total = ExactSum([TensorSpec("x", "float32", (2, 3))], fraction_bits=BITS)
-    total.add({"x": lying}, 1)
-    assert (total.mean()["x"] == plain).all()
 
 
 def test_the_sum_of_ten_updates_is_frozen() -> None:
@@ -152,7 +142,7 @@ def test_the_sum_of_ten_updates_is_frozen() -> None:
             spec.name: (np.arange(spec.size, dtype=np.float32) / (number + 1)).reshape(spec.shape)
             for spec in SPECS
         }
-        total.add(delta, number + 1)
+        total.add(encode(delta), number + 1)
     assert (total.count, total.weight) == (10, 55)
     assert (
         total.digest().hex() == "807e722b46a311264e67831521786eac8401db92ffe2646f66a66de129a472a0"
@@ -167,10 +157,10 @@ def test_integer_tensors_must_be_there_and_are_not_averaged() -> None:
     specs = (TensorSpec("x", "float32", (1,)), TensorSpec("steps", "int64", (1,)))
     total = ExactSum(specs, fraction_bits=BITS)
     x = np.ones(1, np.float32)
-    total.add({"x": x, "steps": np.array([2**62])}, 5)
+    total.add(encode({"x": x, "steps": np.array([2**62])}), 5)
     assert list(total.mean()) == ["x"]
     with pytest.raises(PeerError, match="expected 2 tensors, got 1"):
-        total.add({"x": x}, 1)
+        total.add(encode({"x": x}), 1)
 
 
 # ── Refusals change nothing ─────────────────────────────────────────────────────────────
@@ -198,8 +188,6 @@ REFUSED: dict[str, tuple[Deltas, Any, str]] = {
     "extra tensor": ({**zeros(), "extra": np.zeros(1, np.float32)}, 1, "wrong_shape"),
     "other order": (dict(reversed(zeros().items())), 1, "wrong_shape"),
     "other shape": ({**zeros(), "bias": np.zeros((1, 2), np.float32)}, 1, "wrong_shape"),
-    "float64": ({**zeros(), "bias": np.zeros(2)}, 1, "wrong_shape"),
-    "float16": ({**zeros(), "bias": np.zeros(2, np.float16)}, 1, "wrong_shape"),
     "integers": ({**zeros(), "bias": np.zeros(2, np.int32)}, 1, "wrong_shape"),
 }
 
@@ -210,7 +198,7 @@ def test_a_refused_update_changes_nothing(name: str) -> None:
     total = summed([(with_value(0.5), 7)])
     before = total.state()
     with pytest.raises(PeerError) as caught:
-        total.add(delta, weight)
+        total.add(encode(delta), weight)
     assert caught.value.reason == reason
     assert total.state() == before
 
@@ -223,16 +211,9 @@ def test_a_refused_update_anywhere_leaves_the_result_as_it_would_be(
     for number, (delta, weight) in enumerate(updates):
         if number == place:
             with pytest.raises(PeerError):
-                total.add(REFUSED[name][0], REFUSED[name][1])
-        total.add(delta, weight)
+                total.add(encode(REFUSED[name][0]), REFUSED[name][1])
+        total.add(encode(delta), weight)
     assert total.digest() == summed(updates).digest()
-
-
-def test_an_update_does_not_change_under_the_hands_of_the_sum() -> None:
-    delta = with_value(0.5)
-    before = {name: array.tobytes() for name, array in delta.items()}
-    summed([(delta, 3)])
-    assert {name: array.tobytes() for name, array in delta.items()} == before
 
 
 # ── The bound ───────────────────────────────────────────────────────────────────────────
@@ -242,8 +223,8 @@ def test_an_update_does_not_change_under_the_hands_of_the_sum() -> None:
 def test_the_bound_is_used_to_the_last_bit(sign: int) -> None:
     """2^34 · (2^29 - 1) and (2^17 - 1) · (2^17 + 1) are 2^63 - 1 together, and not one more."""
     total, large = one(sign * 2.0 ** (34 - BITS))
-    rest = {"x": np.array([sign * (2**17 - 1) * 2.0**-BITS], np.float32)}
-    least = {"x": np.array([sign * 2.0**-BITS], np.float32)}
+    rest = single(sign * (2**17 - 1) * 2.0**-BITS)
+    least = single(sign * 2.0**-BITS)
     total.add(large, 2**29 - 1)
     for refused in (large, rest):
         with pytest.raises(PeerError, match="no longer be exact"):
@@ -251,7 +232,7 @@ def test_the_bound_is_used_to_the_last_bit(sign: int) -> None:
     total.add(rest, 2**17 + 1)
     with pytest.raises(PeerError, match="no longer be exact"):
         total.add(least, 1)
-    total.add({"x": np.zeros(1, np.float32)}, 1)  # has nothing to add to the bound
+    total.add(single(0.0), 1)  # has nothing to add to the bound
     mean = float(sign * SUM_MAX) / float(total.weight) * 2.0**-BITS
     assert total.mean()["x"][0] == np.float32(mean)
 
@@ -262,7 +243,7 @@ def test_no_sum_that_is_let_through_has_wrapped_around(pairs: list[tuple[float, 
     exact = size = 0
     for value, weight in pairs:
         fixed = fixed_point(np.float32(value), BITS)
-        delta = {"x": np.array([value], np.float32)}
+        delta = single(value)
         if size + weight * abs(fixed) > SUM_MAX:  # refused where it must be, and nowhere else
             with pytest.raises(PeerError, match="no longer be exact"):
                 total.add(delta, weight)
@@ -282,7 +263,7 @@ def test_no_sum_that_is_let_through_has_wrapped_around(pairs: list[tuple[float, 
 def test_a_checkpoint_goes_on_to_the_same_bits(before: list[Update], after: list[Update]) -> None:
     resumed = ExactSum.from_state(summed(before).state(), SPECS, fraction_bits=BITS)
     for delta, weight in after:
-        resumed.add(delta, weight)
+        resumed.add(encode(delta), weight)
     whole = summed(before + after)
     assert resumed.state() == whole.state()
     assert (resumed.count, resumed.weight) == (whole.count, whole.weight)
@@ -339,7 +320,7 @@ def test_fraction_bits_out_of_range_are_our_own_mistake(bits: int) -> None:
 
 def test_memory_is_one_int64_per_value_however_many_updates() -> None:
     size = 1_000_000
-    delta = {"x": np.ones(size, np.float32)}
+    delta = encode({"x": np.ones(size, np.float32)})
     tracemalloc.start()
     try:
         total = ExactSum([TensorSpec("x", "float32", (size,))], fraction_bits=BITS)

@@ -230,7 +230,7 @@ def sum_of_accepted(db: Database, spool: Spool) -> ExactSum:
         spool.begin(receipt.upload, layout)
         assert spool.complete(receipt.upload)
         message = b"".join(open_chunk(c, KEY) for c in spool.chunks(receipt.upload, layout))
-        total.add(weights.decode(message), receipt.examples)
+        total.add(message, receipt.examples)
     return total
 
 
