@@ -146,6 +146,7 @@ class Agent:
 
     def begin(self) -> None:
         """Take up what a power cut left in the outbox, and listen."""
+        self._journal.settle()
         self._link.subscribe(self._asking_for)
         waiting = self._outbox.load()
         self._handle([] if waiting is None else [ev.Sealed(waiting)])

@@ -5,7 +5,14 @@ from pathlib import Path
 
 import msgspec
 
-from broker_bridge.disk import REAL_DISK, Disk, DiskFullError, disk_errors, write_atomic
+from broker_bridge.disk import (
+    REAL_DISK,
+    Disk,
+    DiskFullError,
+    disk_errors,
+    sync_folder,
+    write_atomic,
+)
 from broker_bridge.errors import LocalError
 from broker_bridge.wire import messages
 from broker_bridge.wire.messages import Presence
@@ -45,6 +52,13 @@ class Journal:
     def remember(self, memory: Memory) -> None:
         """Write it down; when this returns, it survives."""
         write_atomic(self._memory, msgspec.json.encode(memory), disk=self.disk)
+
+    def settle(self) -> None:
+        """What an earlier process wrote here, and failed to sync, survives when this returns.
+
+        Until then it may be read and forgotten again. Raises LocalError.
+        """
+        sync_folder(self.folder, disk=self.disk)
 
     def show(self, presence: Presence) -> None:
         """Leave the present state where `midge-device status` reads it. Need not survive."""

@@ -37,6 +37,7 @@ class Outbox:
     def __init__(self, folder: Path, *, disk: Disk = REAL_DISK) -> None:
         self._disk = disk
         self._path = folder / "update.sealed"
+        self._is_made = False
         self._init: Init | None = None
         self._start = 0
 
@@ -46,7 +47,9 @@ class Outbox:
         Raises LocalError (DiskFullError) and keeps what it had.
         """
         head = messages.encode(init)
-        make_folder(self._path.parent, disk=self._disk)
+        if not self._is_made:
+            make_folder(self._path.parent, disk=self._disk)
+            self._is_made = True
         parts = (_PREFIX.pack(_MAGIC, len(head)), head, *update.chunks)
         write_atomic(self._path, b"".join(parts), disk=self._disk)
         self._init, self._start = init, _PREFIX.size + len(head)
