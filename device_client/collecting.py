@@ -45,7 +45,10 @@ class Collecting:
         return {kind: list(pieces.here.missing()) for kind, pieces in self._wanted.items()}
 
     def begin(self, kind: Kind, blob: Blob, *, fleet_key: bytes) -> None:
-        """Wait for `blob`, from its first chunk. Raises PeerError for one that nobody can send."""
+        """Wait for `blob`, from its first chunk, and not for the one before.
+
+        Raises PeerError for one that nobody can send; nothing has changed then.
+        """
         self._wanted[kind] = _Pieces(blob, fleet_key, blobs.collector(blob, fleet_key=fleet_key))
 
     def ask(self, link: Link, kind: Kind) -> None:
