@@ -38,7 +38,8 @@ _REPAIR = "run `midge keys repair`, then restart the broker and the server"
 
 @click.command()
 @click.option(
-    "--dir", "folder", type=click.Path(path_type=Path, file_okay=False), envvar="MIDGE_DIR",
+    "--dir", "folder", envvar="MIDGE_DIR",
+    type=click.Path(path_type=Path, file_okay=False, readable=False),
     default=Path("fleet"), show_default=True, help="The fleet's folder.",
 )  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, for scripts.")

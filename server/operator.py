@@ -30,7 +30,7 @@ class Operator:
     def of(cls, home: Home) -> "Operator":
         """Connect with what is in the fleet's folder. Raises LocalError, LinkError."""
         config = home.config()
-        return cls(home.access("operator", config), federation=config.federation)
+        return cls(home.access("operator", config), federation=home.federation(config))
 
     def ask(self, command: Command, *, wait_s: float = 10.0) -> Reply:
         """Publish a command and return the server's reply to it.

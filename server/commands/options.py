@@ -9,7 +9,8 @@ from broker_bridge.errors import LocalError
 __all__ = ["DIR", "JSON", "PORT", "host_port"]
 
 DIR = click.option(
-    "--dir", "folder", type=click.Path(path_type=Path, file_okay=False), envvar="MIDGE_DIR",
+    "--dir", "folder", envvar="MIDGE_DIR",
+    type=click.Path(path_type=Path, file_okay=False, readable=False),  # said better by Home.find
     default=Path("fleet"), show_default=True, help="The fleet's folder.",
 )  # fmt: skip
 PORT = click.IntRange(1, 65_535)

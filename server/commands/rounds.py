@@ -168,7 +168,7 @@ def _operator(folder: Path) -> Iterator[tuple[Operator, Topics]]:
     home = Home.find(folder)
     operator = Operator.of(home)
     try:
-        yield operator, Topics(home.config().federation)
+        yield operator, Topics(home.federation())
     finally:
         operator.close()
 

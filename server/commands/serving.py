@@ -68,6 +68,7 @@ def server_command(
         host, port = host_port(address)
         where = overridden(config.broker, "--broker", host=host, port=port)
         config = msgspec.structs.replace(config, broker=where)
+    home.federation(config)
     show_log(config.log)
     stopped = stop_on_signals()
     with (

@@ -4,7 +4,7 @@ import contextlib
 import socket
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from broker_bridge.errors import LinkError, LocalError, PeerError
 from broker_bridge.link.base import Message
@@ -75,12 +75,23 @@ def census(db: Database, *, status: DeviceStatus | None = None) -> list[Entry]:
         while page := tx.devices(after=devices[-1].name if devices else "", limit=_PAGE,
                                  status=status):  # fmt: skip
             devices += page
+        this = tx.current_round()
+        if this is not None:
+            seen = tx.seen_in(this.number)
+            devices = [_seen(each, this.number, seen.get(each.name)) for each in devices]
         rounds = tx.rounds_by_device()
         tokens = {} if status is not None else {each.device: each for each in tx.unused_tokens()}
     known = {each.name for each in devices}
     entries = [Entry(d.name, d, tokens.get(d.name), rounds.get(d.name, 0)) for d in devices]
     waiting = [Entry(name, None, t, 0) for name, t in tokens.items() if name not in known]
     return sorted(entries + waiting, key=lambda each: each.name)
+
+
+def _seen(device: Device, number: int, at: float | None) -> Device:
+    """The device, with what its row will say of the open round."""
+    if at is None or at < (device.last_seen or 0.0):
+        return device
+    return replace(device, last_seen=at, last_round=number)
 
 
 def presences(home: Home) -> Mapping[str, Presence] | None:
@@ -96,7 +107,7 @@ def presences(home: Home) -> Mapping[str, Presence] | None:
     except (OSError, LinkError):
         return None
     with contextlib.closing(link):
-        return _hear(link, Topics(config.federation))
+        return _hear(link, Topics(home.federation(config)))
 
 
 def _hear(link: PahoLink, topics: Topics) -> dict[str, Presence]:

@@ -15,6 +15,10 @@
 Every secret is in a file that its owner alone can read.
 """
 
+import contextlib
+import os
+import pwd
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -52,18 +56,35 @@ class Home:
 
     @classmethod
     def find(cls, folder: Path) -> "Home":
-        """The fleet in `folder`. Raises LocalError if there is none."""
-        if not (folder / "midge.toml").is_file():
-            raise LocalError(
-                f"{folder} holds no fleet; make one with `midge init {folder}`, or say --dir"
-            )
+        """The fleet in `folder`. Raises LocalError if there is none, or it is somebody else's."""
         home = cls(folder)
-        if home._was_at_work and not home.database.exists():  # an empty one would know nobody
+        _check_ours(folder)
+        with disk_errors(folder):
+            if not (folder / "midge.toml").is_file():
+                raise home._no_fleet()
+        if home._was_at_work and not home._has_database:  # an empty one would know nobody
             raise LocalError(
                 f"{home.database} is gone, and with it every device and model of this fleet; put "
                 "it back, or make the fleet again with `midge restore` in another folder"
             )
         return home
+
+    def _no_fleet(self) -> LocalError:
+        if self._keys.exists():
+            anew = "if `midge init` was cut off here, remove the folder and make it again, else "
+            return LocalError(
+                f"{self.folder} holds no fleet: it has keys and no midge.toml; "
+                f"{'' if self._was_at_work else anew}put that file back (a line with the "
+                "`federation`, and your [broker], will do)"
+            )
+        return LocalError(
+            f"{self.folder} holds no fleet; make one with `midge init {self.folder}`, or say --dir"
+        )
+
+    @property
+    def _has_database(self) -> bool:
+        with disk_errors(self.database):
+            return self.database.exists() and self.database.stat().st_size > 0
 
     @property
     def _was_at_work(self) -> bool:
@@ -76,9 +97,27 @@ class Home:
         """The settings. Raises LocalError."""
         return load_config(path or self.folder / "midge.toml", ServerConfig)
 
+    def federation(self, config: ServerConfig | None = None) -> str:
+        """Its name, in every topic. Raises LocalError where the settings say another than the
+        keys, if these can be read: an operator may have no more than settings and a certificate.
+        """
+        name = known = (config or self.config()).federation
+        with contextlib.suppress(LocalError):
+            known = self.keys().federation
+        if known != name:
+            raise LocalError(
+                f"{self.folder / 'midge.toml'} names the federation {name!r}, and the keys are for "
+                f"{known!r}; put the name of the keys into midge.toml"
+            )
+        return name
+
+    @property
+    def _keys(self) -> Path:
+        return self.folder / "keys" / "server.json"
+
     def keys(self) -> ServerKeys:
         """The server's keys. Raises LocalError."""
-        return _read(self.folder / "keys" / "server.json", ServerKeys)
+        return _read(self._keys, ServerKeys)
 
     def next_epoch(self, *, disk: Disk = REAL_DISK) -> ServerKeys:
         """Make a new fleet key, for all who are not shut out, and return the keys with it.
@@ -183,6 +222,24 @@ class Home:
     def bundle(self, device: str) -> Path:
         """Where the bundle of `device` is, or would be."""
         return self.folder / "bundles" / f"{device}.bundle"
+
+
+def _check_ours(folder: Path) -> None:
+    """Its secrets are for its owner alone. Whoever else may write there, as root may, would leave
+    files behind that the server cannot read.
+    """
+    with disk_errors(folder):
+        owner = folder.stat().st_uid if folder.exists() else os.geteuid()
+    if owner == os.geteuid():
+        return
+    try:
+        name = pwd.getpwuid(owner).pw_name
+    except KeyError:
+        name = f"#{owner}"
+    raise LocalError(
+        f"{folder} belongs to the user {name}, and so do its secrets; run this as that user: "
+        f"`sudo -u {shlex.quote(name)} midge …`"
+    )
 
 
 def create(folder: Path, *, federation: str, hosts: list[str], port: int) -> Home:

@@ -79,11 +79,33 @@ def test_a_server_that_died_behind_the_file_of_the_very_first_model_numbers_it_a
     assert run_rounds(world, 1)["round"] == 1
 
 
-def test_a_fleet_whose_database_is_gone_is_not_taken_for_a_new_one(world):
+@pytest.mark.parametrize("loss", ["gone", "empty"])
+def test_a_fleet_whose_database_is_gone_is_not_taken_for_a_new_one(world, loss):
     run_rounds(world, 1)
     assert Home.find(world.home.folder) == world.home
     world.ledger.close()
-    world.home.database.unlink()
+    world.home.database.unlink() if loss == "gone" else world.home.database.write_bytes(b"")
     with pytest.raises(LocalError, match=r"midge\.db is gone.*midge restore"):
         Home.find(world.home.folder)
-    assert not world.home.database.exists()
+    assert world.home.database.exists() == (loss == "empty")
+
+
+def test_a_lost_log_of_the_database_is_not_noticed_and_costs_the_round_that_was_open(
+    world, tmp_path
+):
+    """What docs/reliability.md says of it. Whoever mends this turns the test round."""
+    closed = run_rounds(world, 1)
+    world.ledger.db.checkpoint()  # as the end of the next round would
+    assert world.tell(cmd="start", target=2, quorum=1, rounds=9)["ok"]
+    opened = world.announcement().round
+    world.until(lambda: world.status()["round"]["accepted"] == 1, "a receipt")
+    shutil.copy(world.home.database, tmp_path / "without-its-log.db")
+    start_again_with(world, tmp_path / "without-its-log.db")
+    assert "run" not in world.status()
+    assert world.ledger.model_version == closed["model_version"]  # no model is lost
+    assert world.tell(cmd="start", rounds=1, deadline_s=30.0)["ok"]
+    assert world.announcement().round == opened  # again, and ann has seen it
+    world.pass_time(31.0)
+    assert world.metrics()["state"] == "abandoned"
+    world.until(lambda: world.coordinator.run is None, "the next round closes")
+    assert (world.metrics()["state"], world.metrics()["round"]) == ("closed", opened + 1)
