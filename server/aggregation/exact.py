@@ -59,13 +59,13 @@ class _Block:
         low, high = float(np.minimum.reduce(found)), float(np.maximum.reduce(found))
         if not math.isfinite(high - low):  # NaN goes through both; infinity is one of them
             weights.decode(update)  # refuses it, and says in which tensor
-        np.copyto(self.values, found)
+        self.values[...] = found
         np.square(self.values, out=self.squares)  # in float64, where that of no float32 overflows
         return float(np.add.reduce(self.squares)), max(-low, high)
 
     def read(self, update: bytes) -> None:
         """Read the block again."""
-        np.copyto(self.values, np.frombuffer(update, _FLOAT32, self.sums.size, self.start))
+        self.values[...] = np.frombuffer(update, _FLOAT32, self.sums.size, self.start)
 
     def add(self, weight: int) -> None:
         """Add weight · q to the sums, once what was read is q."""
