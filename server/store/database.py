@@ -13,7 +13,6 @@ import os
 import sqlite3
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 from sqlalchemy import Connection, Engine, create_engine, event, inspect
 from sqlalchemy.engine import make_url
@@ -191,5 +190,7 @@ def _open_sqlite(path: Path, busy_timeout_s: float) -> sqlite3.Connection:
 
 def _begin(connection: Connection) -> None:
     """Writers queue up at once, not half-way, where SQLite could only refuse one of them."""
-    options: dict[str, Any] = dict(connection.get_execution_options())
-    connection.exec_driver_sql("BEGIN" if options.get("midge_reads") else "BEGIN IMMEDIATE")
+    driver = connection.connection.driver_connection
+    if driver is not None:
+        reads = connection.get_execution_options().get("midge_reads")
+        driver.execute("BEGIN" if reads else "BEGIN IMMEDIATE")

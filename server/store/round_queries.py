@@ -8,12 +8,24 @@ bug of ours (ValueError), but for the last, which a device can provoke (PeerErro
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import cache
 from typing import Any
 
-from sqlalchemy import Select, bindparam, func, insert, select, update
+from msgspec import structs
+from sqlalchemy import (
+    BindParameter,
+    Select,
+    bindparam,
+    func,
+    insert,
+    literal_column,
+    select,
+    update,
+)
 
 from broker_bridge.errors import PeerError
 from server.store import schema
+from server.store.prepared import Prepared
 from server.store.queries import Queries
 from server.store.rows import Model, Receipt, ReceiptStatus, Round, RoundStatus, Run, RunStatus
 
@@ -22,19 +34,20 @@ __all__ = ["RoundQueries"]
 _FLOOR = "numbers_above"
 
 
-# What every group of updates asks for: made once, for SQLAlchemy takes longer to make a
-# statement than SQLite to carry it out.
-_ACCEPTED = select(schema.receipts.c.device).where(
-    schema.receipts.c.round == bindparam("in_round"),
-    schema.receipts.c.status == "accepted",
-    schema.receipts.c.device.in_(bindparam("names", expanding=True)),
-)
-_ADD_RECEIPT = insert(schema.receipts)
-_SEEN = (
-    update(schema.devices)
-    .where(schema.devices.c.name == bindparam("of"))
-    .values(last_seen=bindparam("at"), last_round=bindparam("in_round"))
-)
+# What every group of updates asks for.
+_ADD_RECEIPT = Prepared(insert(schema.receipts))
+# Not a parameter: SQLite then knows that the index of accepted ones is enough.
+_IS_ACCEPTED = schema.receipts.c.status == literal_column("'accepted'")
+
+
+@cache
+def _accepted_among(count: int) -> Prepared:
+    """Those of so many devices that have an accepted update in a round."""
+    c = schema.receipts.c
+    names: list[BindParameter[str]] = [bindparam(f"device{n}") for n in range(count)]
+    return Prepared(
+        select(c.device).where(c.round == bindparam("round"), _IS_ACCEPTED, c.device.in_(names))
+    )
 
 
 class RoundQueries(Queries):
@@ -149,6 +162,22 @@ class RoundQueries(Queries):
             "summary_json": summary_json,
         }
         self._change(schema.rounds, {"number": number, "status": "open"}, values)
+        self._note_seen(number)
+
+    def _note_seen(self, number: int, *devices: str) -> None:
+        """Each device (or these) was last seen when its update of this round was accepted.
+
+        Once for a round, not at every update: the devices are all over their table, and a
+        page of it for each of them would be most of what a commit writes (decision 0133).
+        """
+        r, d = schema.receipts.c, schema.devices.c
+        mine = (r.round == number, _IS_ACCEPTED)
+        at = select(r.at).where(*mine, r.device == d.name).scalar_subquery()
+        query = update(schema.devices).where(
+            d.name.in_(devices or select(r.device).where(*mine)),
+            func.coalesce(d.last_seen, 0.0) <= at,  # it may have enrolled anew since
+        )
+        self._sql.execute(query.values(last_seen=at, last_round=number))
 
     # ── Receipts ────────────────────────────────────────────────────────────────────────
 
@@ -156,24 +185,29 @@ class RoundQueries(Queries):
         """Note an upload that was begun, or one that was refused at once."""
         if receipt.status == "accepted":
             self._refuse_second(receipt.round, receipt.device)
-        self._sql.execute(insert(schema.receipts).values(asdict(receipt)))
+        self._sql.execute(insert(schema.receipts).values(structs.asdict(receipt)))
 
     def add_accepted(self, receipts: Sequence[Receipt]) -> None:
-        """Note updates of one round that are on disk and in the sum, all in three statements.
+        """Note updates of one round that are on disk and in the sum.
 
         Raises PeerError `already_counted` when one of their devices has an accepted update.
         """
         if not receipts:
             return
         devices = [each.device for each in receipts]
-        given = {"in_round": receipts[0].round, "names": devices}
-        twice = set(self._sql.scalars(_ACCEPTED, given)) or len(set(devices)) < len(devices)
-        if twice:
+        twice = len(set(devices)) < len(devices)
+        if twice or self._any_accepted(receipts[0].round, devices):
             raise PeerError("already_counted", "a device already has an update in this round")
-        self._sql.execute(_ADD_RECEIPT, [vars(each) for each in receipts])
-        self._sql.execute(
-            _SEEN, [{"of": each.device, "at": each.at, "in_round": each.round} for each in receipts]
-        )
+        _ADD_RECEIPT.each(self._sql, receipts)
+
+    def _any_accepted(self, number: int, devices: list[str]) -> bool:
+        # The last name is asked for again and again up to a power of two: few statements then
+        # serve groups of every size.
+        count = 1 << (len(devices) - 1).bit_length()
+        names = devices + devices[-1:] * (count - len(devices))
+        row = {f"device{n}": name for n, name in enumerate(names)}
+        found = _accepted_among(count).one(self._sql, {"round": number, **row})
+        return found.first() is not None
 
     def receipt(self, upload: bytes) -> Receipt | None:
         """What became of this upload."""
@@ -200,6 +234,14 @@ class RoundQueries(Queries):
         c = schema.receipts.c
         return self._counts(c.device, c.status == "accepted")
 
+    def seen_in(self, number: int) -> dict[str, float]:
+        """When each device's update of this round was accepted; of an open round, the devices'
+        own rows say so only after its end.
+        """
+        c = schema.receipts.c
+        query = select(c.device, c.at).where(c.round == number, _IS_ACCEPTED)
+        return {row[0]: row[1] for row in self._sql.execute(query)}
+
     def settle(self, upload: bytes, status: ReceiptStatus, *, at: float, reason: str = "") -> None:
         """Give the final answer on an upload that is `going`.
 
@@ -219,6 +261,7 @@ class RoundQueries(Queries):
         c = schema.receipts.c
         mine = (c.round == number, c.device == device, c.status.in_(("going", "accepted")))
         found = self._all(Receipt, select(schema.receipts).where(*mine).order_by(c.upload))
+        self._note_seen(number, device)
         values = {"status": "withdrawn", "reason": reason, "at": at}
         self._sql.execute(update(schema.receipts).where(*mine).values(values))
         return found

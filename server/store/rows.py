@@ -7,6 +7,8 @@ recomputed after a restart. Fields ending in `_json` are JSON text made by the c
 from dataclasses import dataclass, field
 from typing import Literal
 
+import msgspec
+
 __all__ = [
     "Certificate",
     "Device",
@@ -118,14 +120,14 @@ class Round:
     summary_json: str = "{}"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Receipt:
+# One is made for every update, in a tenth of the time that a dataclass takes.
+class Receipt(msgspec.Struct, frozen=True, kw_only=True):
     """One upload and what became of it. `init` is the device's signed bytes."""
 
     upload: bytes
     round: int
     device: str
-    init: bytes = field(repr=False)
+    init: bytes
     status: ReceiptStatus = "going"
     reason: str = ""
     examples: int

@@ -17,6 +17,7 @@ from server.fleet.certificates import read_certificate
 from server.fleet.enrolment import Registrar
 from server.fleet.home import Home
 from server.store.database import Database
+from server.store.rows import Receipt, Round, Run
 from tests.fleets import FEDERATION, TOPICS, Fleet, enrol_by_hand, is_refusal
 
 
@@ -138,6 +139,33 @@ def test_whoever_waits_is_let_in_after_his_fingerprint_was_compared(fleet):
 
 
 # ── Looking ─────────────────────────────────────────────────────────────────────────────
+
+
+def test_an_update_of_the_open_round_is_when_its_device_was_last_seen(fleet):
+    fleet.enrol("ann")
+    run = Run(
+        task_name="t", task_digest=b"", rounds_total=1, target=1, quorum=1, deadline_s=1.0,
+        started_at=0.0,
+    )  # fmt: skip
+    this = Round(number=7, run_id=1, announcement=b"", round_key=b"", model_before=0, opened_at=0.0)
+    at = time.time() + 60
+    receipt = Receipt(
+        upload=b"u", round=7, device="ann", init=b"", status="accepted", examples=1, at=at
+    )
+    with closing(Database(fleet.home.database)) as db:
+        with db.transaction() as tx:
+            tx.add_run(run)
+            tx.open_round(this)
+        before = asked(fleet, "show", "ann")
+        assert (before["last_seen"] < at, before["last_round"]) == (True, 0)
+        with db.transaction() as tx:
+            tx.add_accepted([receipt])
+        open_, row_ = asked(fleet, "show", "ann"), row(fleet, "ann")
+        assert (open_["last_seen"], open_["last_round"], row_.last_round) == (at, 7, 0)
+        with db.transaction() as tx:
+            tx.close_round(7, model_after=1, closed_at=at, summary_json="{}")
+    assert asked(fleet, "show", "ann") == open_
+    assert (row(fleet, "ann").last_seen, row(fleet, "ann").last_round) == (at, 7)
 
 
 def test_a_device_is_shown_with_all_that_is_known_of_it(fleet):

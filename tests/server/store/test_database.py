@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from msgspec import structs
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.schema import CreateIndex, CreateTable
 
@@ -487,22 +488,22 @@ def test_the_database_itself_refuses_a_second_open_round(path: Path, db: Databas
 def test_a_receipt_is_settled_once(tx: Transaction) -> None:
     tx.add_receipt(RECEIPT)
     tx.settle(b"upload-1", "accepted", at=4.0)
-    assert tx.receipt(b"upload-1") == replace(RECEIPT, status="accepted", at=4.0)
+    assert tx.receipt(b"upload-1") == structs.replace(RECEIPT, status="accepted", at=4.0)
     for status in ("rejected", "late", "accepted"):
         with pytest.raises(ValueError, match="only once"):
             tx.settle(b"upload-1", status, at=5.0)  # type: ignore[arg-type]
-    assert tx.receipt(b"upload-1") == replace(RECEIPT, status="accepted", at=4.0)
+    assert tx.receipt(b"upload-1") == structs.replace(RECEIPT, status="accepted", at=4.0)
 
 
 def test_a_device_is_counted_once_in_a_round(tx: Transaction) -> None:
     tx.add_receipt(RECEIPT)
-    tx.add_receipt(replace(RECEIPT, upload=b"upload-2"))
+    tx.add_receipt(structs.replace(RECEIPT, upload=b"upload-2"))
     tx.settle(b"upload-1", "accepted", at=4.0)
     with pytest.raises(PeerError) as caught:
         tx.settle(b"upload-2", "accepted", at=5.0)
     assert caught.value.reason == "already_counted"
     with pytest.raises(PeerError):
-        tx.add_receipt(replace(RECEIPT, upload=b"upload-3", status="accepted"))
+        tx.add_receipt(structs.replace(RECEIPT, upload=b"upload-3", status="accepted"))
     tx.settle(b"upload-2", "rejected", at=5.0, reason="already counted")
     assert tx.receipt_counts(1) == {"accepted": 1, "rejected": 1}
 
@@ -513,32 +514,149 @@ def test_the_database_itself_refuses_to_count_a_device_twice(path: Path, db: Dat
         tx.add_run(RUN)
         tx.open_round(ROUND)
         tx.add_receipt(RECEIPT)
-        tx.add_receipt(replace(RECEIPT, upload=b"upload-2"))
+        tx.add_receipt(structs.replace(RECEIPT, upload=b"upload-2"))
     raw = sqlite3.connect(path)
     with pytest.raises(sqlite3.IntegrityError):
         raw.execute("UPDATE receipts SET status='accepted'")
     raw.close()
 
 
+def accepted(count: int, *, start: int = 0) -> list[Receipt]:
+    return [
+        structs.replace(
+            RECEIPT, upload=n.to_bytes(8, "big"), device=f"node-{n}", status="accepted", at=10.0 + n
+        )
+        for n in range(start, start + count)
+    ]
+
+
+def with_nodes(tx: Transaction, count: int) -> None:
+    for n in range(count):
+        tx.add_device(replace(DEVICE, name=f"node-{n}"))
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 20, 33])
+def test_updates_of_a_group_are_noted_together(tx: Transaction, count: int) -> None:
+    with_nodes(tx, 70)
+    tx.add_accepted(accepted(count))
+    tx.add_accepted(accepted(count, start=count))
+    assert tx.receipts(1) == accepted(2 * count)
+
+
+@pytest.mark.parametrize("twice", [0, 3, 6])
+def test_a_group_with_a_device_that_was_counted_before_is_refused_whole(
+    db: Database, twice: int
+) -> None:
+    with db.transaction() as tx:
+        with_nodes(tx, 7)
+        tx.add_run(RUN)
+        tx.open_round(ROUND)
+        tx.add_accepted([structs.replace(accepted(1, start=twice)[0], upload=b"earlier!")])
+
+    def add() -> None:
+        with db.transaction() as tx:
+            tx.add_accepted(accepted(7))
+
+    with pytest.raises(PeerError) as caught:
+        add()
+    assert caught.value.reason == "already_counted"
+    with db.reading() as tx:
+        assert [each.upload for each in tx.receipts(1)] == [b"earlier!"]
+
+
+def test_a_group_that_names_a_device_twice_is_refused_whole(tx: Transaction) -> None:
+    with_nodes(tx, 2)
+    one, two = accepted(2)
+    with pytest.raises(PeerError) as caught:
+        tx.add_accepted([one, two, structs.replace(one, upload=b"another!")])
+    assert caught.value.reason == "already_counted"
+    assert tx.receipts(1) == []
+
+
+def test_a_device_that_was_counted_in_another_round_or_refused_in_this_one_is_counted(
+    tx: Transaction,
+) -> None:
+    with_nodes(tx, 1)
+    (one,) = accepted(1)
+    tx.add_accepted([one])
+    tx.close_round(1, model_after=1, closed_at=9.0, summary_json="{}")
+    tx.open_round(replace(ROUND, number=2))
+    tx.add_receipt(structs.replace(one, upload=b"refused!", round=2, status="rejected"))
+    tx.add_accepted([structs.replace(one, upload=b"another!", round=2)])
+    assert tx.receipt_counts(2) == {"accepted": 1, "rejected": 1}
+
+
+def test_an_update_of_a_device_that_is_not_there_is_our_own_mistake(db: Database) -> None:
+    with db.transaction() as tx:
+        tx.add_run(RUN)
+        tx.open_round(ROUND)
+    with pytest.raises(Exception, match="FOREIGN KEY"), db.transaction() as tx:
+        tx.add_accepted(accepted(1))
+
+
+def test_two_databases_in_one_process_take_updates(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        database = Database(tmp_path / name)
+        with database.transaction() as tx:
+            with_nodes(tx, 3)
+            tx.add_run(RUN)
+            tx.open_round(ROUND)
+            tx.add_accepted(accepted(3))
+            assert tx.receipts(1) == accepted(3)
+        database.close()
+
+
+@pytest.mark.parametrize("ending", ["closed", "abandoned"])
+def test_a_device_was_last_seen_when_its_update_was_accepted(tx: Transaction, ending: str) -> None:
+    tx.device_seen("pi-2", 2.5, round=0)
+    tx.add_accepted([structs.replace(RECEIPT, status="accepted", at=7.0)])
+    tx.add_receipt(
+        structs.replace(RECEIPT, upload=b"refused!", device="pi-2", status="rejected", at=8.0)
+    )
+    assert tx.seen_in(1) == {"pi-1": 7.0}
+    if ending == "closed":
+        tx.close_round(1, model_after=1, closed_at=9.0, summary_json="{}")
+    else:
+        tx.abandon_round(1, closed_at=9.0, summary_json="{}")
+    assert tx.device("pi-1") == replace(DEVICE, last_seen=7.0, last_round=1)
+    assert tx.device("pi-2") == replace(DEVICE, name="pi-2", last_seen=2.5)
+
+
+def test_a_device_that_enrolled_anew_since_its_update_was_seen_then(tx: Transaction) -> None:
+    tx.add_accepted([structs.replace(RECEIPT, status="accepted", at=7.0)])
+    anew = replace(DEVICE, last_seen=8.0)
+    tx.add_device(anew)
+    tx.close_round(1, model_after=1, closed_at=9.0, summary_json="{}")
+    assert tx.device("pi-1") == anew
+
+
+def test_a_device_whose_update_was_withdrawn_was_seen_all_the_same(tx: Transaction) -> None:
+    other = structs.replace(RECEIPT, upload=b"other", device="pi-2", status="accepted")
+    tx.add_accepted([structs.replace(RECEIPT, status="accepted", at=7.0), other])
+    tx.withdraw(1, "pi-1", at=8.0, reason="revoked")
+    assert tx.device("pi-1") == replace(DEVICE, last_seen=7.0, last_round=1)
+    assert tx.device("pi-2") == replace(DEVICE, name="pi-2")
+
+
 def test_the_rounds_of_each_device_are_counted(tx: Transaction) -> None:
-    tx.add_receipt(replace(RECEIPT, status="accepted"))
-    tx.add_receipt(replace(RECEIPT, upload=b"upload-2", device="pi-2"))
+    tx.add_receipt(structs.replace(RECEIPT, status="accepted"))
+    tx.add_receipt(structs.replace(RECEIPT, upload=b"upload-2", device="pi-2"))
     assert tx.rounds_by_device() == {"pi-1": 1}
 
 
 def test_what_a_device_has_in_a_round_can_be_withdrawn(tx: Transaction) -> None:
-    accepted = replace(RECEIPT, status="accepted")
+    accepted = structs.replace(RECEIPT, status="accepted")
     tx.add_receipt(accepted)
-    tx.add_receipt(replace(RECEIPT, upload=b"upload-2"))
-    tx.add_receipt(replace(RECEIPT, upload=b"upload-3", device="pi-2"))
-    tx.add_receipt(replace(RECEIPT, upload=b"upload-4", status="rejected"))
+    tx.add_receipt(structs.replace(RECEIPT, upload=b"upload-2"))
+    tx.add_receipt(structs.replace(RECEIPT, upload=b"upload-3", device="pi-2"))
+    tx.add_receipt(structs.replace(RECEIPT, upload=b"upload-4", status="rejected"))
     taken = tx.withdraw(1, "pi-1", at=5.0, reason="revoked")
     assert [(each.upload, each.status) for each in taken] == [
         (b"upload-1", "accepted"),
         (b"upload-2", "going"),
     ]
     assert tx.withdraw(1, "pi-1", at=6.0, reason="revoked") == []
-    assert tx.receipt(b"upload-1") == replace(
+    assert tx.receipt(b"upload-1") == structs.replace(
         accepted, status="withdrawn", reason="revoked", at=5.0
     )
     assert tx.receipt_counts(1) == {"withdrawn": 2, "going": 1, "rejected": 1}
@@ -546,7 +664,7 @@ def test_what_a_device_has_in_a_round_can_be_withdrawn(tx: Transaction) -> None:
 
 def test_what_is_still_under_way_at_the_close_is_late(tx: Transaction) -> None:
     tx.add_receipt(RECEIPT)
-    tx.add_receipt(replace(RECEIPT, upload=b"upload-2", device="pi-2"))
+    tx.add_receipt(structs.replace(RECEIPT, upload=b"upload-2", device="pi-2"))
     tx.settle(b"upload-1", "accepted", at=4.0)
     assert tx.settle_rest(1, at=9.0, reason="the round is over") == 1
     assert tx.settle_rest(1, at=9.0, reason="the round is over") == 0
@@ -555,7 +673,7 @@ def test_what_is_still_under_way_at_the_close_is_late(tx: Transaction) -> None:
 
 def test_receipts_come_in_one_order_and_by_status_and_device(tx: Transaction) -> None:
     for upload, device in ((b"c", "pi-1"), (b"a", "pi-2"), (b"b", "pi-1")):
-        tx.add_receipt(replace(RECEIPT, upload=upload, device=device))
+        tx.add_receipt(structs.replace(RECEIPT, upload=upload, device=device))
     tx.settle(b"c", "accepted", at=4.0)
     assert [r.upload for r in tx.receipts(1)] == [b"a", b"b", b"c"]
     assert [r.upload for r in tx.receipts(1, status="going")] == [b"a", b"b"]
