@@ -21,7 +21,7 @@ import pwd
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from glob import glob
 from pathlib import Path
 
@@ -38,7 +38,7 @@ from broker_bridge.wire.envelope import random_bytes
 from broker_bridge.wire.topics import OPERATOR, SERVER, is_name
 from server.config import EXAMPLE, ServerConfig
 from server.fleet.authority import Authority, Issued
-from server.fleet.certificates import read_key, write_private, write_public
+from server.fleet.certificates import read_certificate, read_key, write_private, write_public
 from server.fleet.keys import ServerKeys, new_keys
 from server.fleet.machines import MADE_AGAIN, ca_fault, check_usable, read_if_there
 from server.fleet.roster import Roster, read_roster, write_roster
@@ -172,6 +172,20 @@ class Home:
         except LocalError:
             raise from_backup(path, "lost" if key is None else "damaged") from None
         return key or b""
+
+    def check_clock(self, now: datetime) -> None:
+        """Raise LocalError if `now` cannot be: what is certified then would be good for nobody."""
+        begins = datetime.fromtimestamp(self.keys().said.issued_at, UTC) - timedelta(days=1)
+        ends = now + timedelta(days=1) if ca_fault(self.folder) else self._ca_ends
+        if not begins <= now < ends:
+            raise LocalError(
+                f"this machine's clock says {now:%Y-%m-%d}, and this fleet has keys of "
+                f"{begins:%Y-%m-%d} and a CA that ends on {ends:%Y-%m-%d}; set that clock"
+            )
+
+    @property
+    def _ca_ends(self) -> datetime:
+        return read_certificate(self.ca_certificate()).expires
 
     def access(self, who: str, config: ServerConfig | None = None) -> Access:
         """How `server` or `operator` gets into the broker. Raises LocalError."""

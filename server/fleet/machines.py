@@ -13,6 +13,7 @@ from typing import Literal
 from broker_bridge.disk import disk_errors
 from broker_bridge.errors import LocalError
 from broker_bridge.link.broker_config import BROKER_FILE, BROKER_KEY_FILE, CA_FILE
+from broker_bridge.wire.topics import OPERATOR, SERVER
 from server.fleet.certificates import (
     belong_together,
     holds,
@@ -35,6 +36,7 @@ __all__ = [
 ]
 
 MADE_AGAIN = "`midge keys repair --dir {}` makes it again"
+_COMMON_NAMES = {"server": SERVER, "operator": OPERATOR}  # the broker goes by its hosts
 Name = Literal["broker", "server", "operator"]
 
 
@@ -68,6 +70,9 @@ class Machine:
         certificate = read_if_there(self.certificate) or b""
         if not is_issued_by(certificate, ca):
             return f"{self.certificate} is not from this fleet's CA"
+        name = read_certificate(certificate).name
+        if name != _COMMON_NAMES.get(self.name, name):
+            return f"{self.certificate} is that of {name}"
         return ends(self.certificate, now)
 
 

@@ -50,6 +50,7 @@ def repair(home: Home, db: Database, *, hosts: Sequence[str], now: datetime) -> 
     `hosts`: names that the broker's certificate must have. Raises LocalError for what cannot be
     made again, with where to get it.
     """
+    home.check_clock(now)
     yield from _ca_certificate(home, now)
     authority = home.authority()
     yield from _brokers_ca(home, authority)
@@ -119,7 +120,8 @@ def _machine(
     old = _facts(read_if_there(this.certificate) or b"")
     fault = this.fault_in_fleet(authority.certificate, now)
     wanted = _hosts(home, old, hosts) if this.name == "broker" else []
-    if not fault and (old is None or set(wanted) <= set(old.hosts) or this.name != "broker"):
+    hosts_now = old.hosts if old else ()
+    if not fault and set(wanted) <= set(hosts_now):
         return
     if old is not None:  # good until it ends, and only what is noted can be revoked
         _note(db, old)
@@ -130,7 +132,7 @@ def _machine(
     write_public(this.certificate, issued.certificate)
     named = f", for {', '.join(wanted)}" if wanted else ""
     yield Repaired(
-        fault or f"{this.certificate} names {', '.join(old.hosts if old else ())} only",
+        fault or f"{this.certificate} names {', '.join(hosts_now)} only",
         f"{'certified again; the key stays' if key else 'a new key and certificate'}{named}",
     )
 

@@ -71,6 +71,7 @@ def renew_certificates(
     The old certificates are good until they end, so they are noted first: only what is noted
     can be revoked.
     """
+    home.check_clock(now)
     authority = home.authority()
     renewed: list[tuple[str, CertificateFacts]] = []
     for name, path, old in certificates(home):

@@ -9,7 +9,7 @@ import pytest
 
 from server.cli import main
 from server.fleet.home import create
-from tests.fleets import MIDGE, ROOT, TASK, Fleet, is_refusal, run, typed, wait_until
+from tests.fleets import MIDGE, ROOT, TASK, is_refusal, run, typed, wait_until
 
 OTHER_TASK = ROOT / "examples" / "digits" / "digits.task"
 
@@ -132,13 +132,3 @@ def test_a_server_that_restarts_with_another_task_of_that_name_says_so_and_loses
     fleet.start_server()
     assert phase(fleet) == "idle"
     assert fleet.midge("start", "--task", "wearables", "--target", "1").returncode == 0
-
-
-def test_status_while_the_server_is_down_is_one_sentence_and_no_json(tmp_path):
-    fleet = Fleet(tmp_path)
-    try:
-        done = fleet.midge("status", "--json")
-        is_refusal(done, f"localhost:{fleet.port}")
-        assert done.stdout == ""
-    finally:
-        fleet.stop()

@@ -161,12 +161,14 @@ def test_a_broker_or_server_that_is_not_there_is_named(fleets):
         "no broker for status": (dark, "status"),
         "no broker for watch": (dark, "watch"),
         "no server": (silent, "status"),
+        "no server for a script": (silent, "status --json"),
+        "no server to stop": (silent, "stop"),
     }
     results = {}
 
     def ask(name):
         fleet, command = asked[name]
-        results[name] = run(*MIDGE, command, "--dir", str(fleet.home.folder))
+        results[name] = run(*MIDGE, *command.split(), "--dir", str(fleet.home.folder))
 
     threads = [threading.Thread(target=ask, args=(name,)) for name in asked]
     for each in threads:
@@ -175,6 +177,9 @@ def test_a_broker_or_server_that_is_not_there_is_named(fleets):
         each.join()
     is_refusal(_last_line(results.pop("no broker for the server")), f"localhost:{dark.port}")
     is_refusal(results.pop("no server"), "midge server")
+    assert results["no server for a script"].stdout == ""
+    is_refusal(results.pop("no server for a script"), "midge server")
+    is_refusal(results.pop("no server to stop"), "midge server", "may carry out this stop then")
     for done in results.values():
         is_refusal(done, f"localhost:{dark.port}")
 

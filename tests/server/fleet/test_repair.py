@@ -10,6 +10,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
+from broker_bridge.errors import LocalError, PeerError
 from broker_bridge.link.paho_link import PahoLink
 from broker_bridge.link.tls import TlsFiles
 from server.cli import main
@@ -19,6 +20,7 @@ from server.fleet.enrolment import Registrar
 from server.fleet.home import Home, create
 from server.fleet.machines import check_usable, machines
 from server.fleet.repair import repair
+from server.fleet.rotation import renew_certificates
 from server.store.database import Database
 from tests.fleets import MIDGE, Fleet, enrol_by_hand, is_refusal, run, typed
 
@@ -202,6 +204,28 @@ def test_a_certificate_of_another_ca_or_of_another_key_is_made_again(home, tmp_p
     assert is_well(home)
 
 
+def test_a_certificate_of_another_machine_is_made_again_in_its_name(home):
+    for name in ("client.pem", "client-key.pem"):
+        shutil.copy(home.folder / "operator" / name, home.folder / "server" / name)
+    (done,) = mend(home)
+    assert "is that of midge-operator" in done.was
+    facts = read_certificate((home.folder / "server" / "client.pem").read_bytes())
+    assert facts.name == "midge-server"
+
+
+@pytest.mark.parametrize("moment", [datetime(1970, 1, 2, tzinfo=UTC), NOW + timedelta(days=9000)])
+def test_nothing_is_certified_by_a_clock_that_cannot_be_right(home, moment):
+    before = files_of(home)
+    with contextlib.closing(Database(home.database)) as db:
+        for attempt in (
+            lambda: list(repair(home, db, hosts=["new.example.org"], now=moment)),
+            lambda: renew_certificates(home, db, now=moment),
+        ):
+            with pytest.raises(LocalError, match="set that clock"):
+                attempt()
+    assert files_of(home) == before
+
+
 @pytest.mark.parametrize("kind", ["encrypted", "of another kind"])
 def test_a_key_that_midge_did_not_make_is_not_touched(home, kind):
     path = home.folder / "operator" / "client-key.pem"
@@ -369,7 +393,7 @@ def test_a_device_is_refused_and_the_server_goes_on_while_the_ca_key_is_lost(hom
         office = Registrar(home, db, lambda: NOW.timestamp() + 900 * 86_400)
         with db.reading() as tx:
             device = tx.device("bob")
-        with pytest.raises(Exception, match="cannot certify anybody now"):
+        with pytest.raises(PeerError, match="cannot certify anybody now"):
             office.certificate_for(device)
         aside.rename(key)
         pem, _ = office.certificate_for(device)
