@@ -9,6 +9,7 @@ import logging
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Literal
 
 from broker_bridge.disk import DiskFullError
@@ -21,7 +22,6 @@ from broker_bridge.wire.messages import Ack, Blob, Go, NeedBlob
 from broker_bridge.wire.topics import DownTopic, Topics
 from device_client import events as ev
 from device_client import hearing
-from device_client import model as models
 from device_client.background import Background, ThreadBackground
 from device_client.collecting import Collected, Collecting
 from device_client.eligibility import Verdict
@@ -29,6 +29,7 @@ from device_client.identity import Identity
 from device_client.journal import Journal
 from device_client.nameplate import Nameplate
 from device_client.outbox import Outbox
+from device_client.own_models import OwnModels
 from device_client.papers import Papers
 from device_client.participant import Participant, State
 from device_client.permission import Permission
@@ -76,20 +77,18 @@ class Agent:
         self._clock = clock
         self._random = random
         self._bench = Workbench(
-            journal.folder,
-            scope=identity.scope,
-            load=load,
+            journal.folder, scope=identity.scope, load=load, disk=journal.disk,
             background=background or ThreadBackground(lambda: self._link.wake()),
-            disk=journal.disk,
-        )
+        )  # fmt: skip
         self._outbox = Outbox(journal.folder / "outbox", disk=journal.disk)
         self._papers = Papers(identity, journal, self._outbox, random=random, software=software)
         self._relink = relink
         self._permission = Permission(judged, clock)
-        self._keeps_model = keeps_model
-        self._personal_epochs = personal_epochs
-        self._role: Literal["train", "evaluate"] = role
-        self._draw = draw
+        self._own_models = OwnModels(
+            journal.folder, self._bench, wanted=keeps_model, personal_epochs=personal_epochs,
+            disk=journal.disk,
+        )  # fmt: skip
+        self._begin_anew = partial(Participant, identity.device, role=role, draw=draw)
         self._participant = self._as_after_a_power_cut()
         self._room_at_s: float | None = None  # when to look whether a full disk has room again
         self._shard = 0
@@ -120,18 +119,12 @@ class Agent:
 
     def _as_after_a_power_cut(self) -> Participant:
         """The participant that the disk remembers."""
-        return Participant(
-            self.identity.device,
+        return self._begin_anew(
             memory=self._journal.memory(),
             samples=self._bench.samples,
-            role=self._role,
             fleet_epochs=frozenset(self.identity.fleet_keys),
-            kept_version=self._kept_version() if self._keeps_model else None,
-            draw=self._draw,
+            kept_version=self._own_models.version(),
         )
-
-    def _kept_version(self) -> int:
-        return models.kept(self._journal.folder, "global", disk=self._journal.disk) or 0
 
     # ── the loop ────────────────────────────────────────────────────────────────────────
 
@@ -317,7 +310,7 @@ class Agent:
             case ev.Evaluate(version):
                 return self._bench.evaluate(self._participant.round, version)
             case ev.Keep(version, number):
-                self._keep(version, number)
+                self._own_models.keep(version, number, at_rest=self.state is State.IDLE)
             case ev.Seal():
                 return self._seal(effect)
             case ev.Discard():
@@ -383,16 +376,6 @@ class Agent:
             # Signed by our server and still unusable here: say so, sit this round out.
             log.error("cannot use the announced %s: %s", kind, error)
             return [ev.Failed(self._participant.round, str(error))]
-
-    def _keep(self, version: int, number: int) -> None:
-        """For this device's own programs: a round does not fail for want of it."""
-        try:
-            self._bench.keep(version=version, number=number)
-        except LocalError as error:
-            log.warning("model %d is not kept for local use: %s", version, error)
-            return
-        if self._personal_epochs and self.state is State.IDLE:
-            self._bench.personalise(number, version, epochs=self._personal_epochs)
 
     # ── sealing ─────────────────────────────────────────────────────────────────────────
 

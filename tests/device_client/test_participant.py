@@ -15,6 +15,7 @@ from device_client.events import (
     Effect,
     Eligible,
     Evaluated,
+    Event,
     Failed,
     Fetch,
     Fetched,
@@ -259,27 +260,69 @@ def what_would_help(made: Participant, now_s: float, last: Announced | None, giv
     }[made.state]
 
 
+class Witness:
+    """What a device was told so far, and whether what it does may follow from that."""
+
+    def __init__(self, role: str) -> None:
+        self.role = role
+        self.now_s = 0.0
+        self.last: Announced | None = None  # the round it is in, or was in last
+        self.given = UPLOAD  # the upload id of its last `go`
+        self.asked_for: dict[bytes, set[int]] = {}
+        self.sealed: list[int] = []
+
+    def hear(self, event: Event, memory: Memory) -> None:
+        match event:
+            case Tick(now_s):
+                self.now_s = max(self.now_s, now_s)
+            case Announced() if event.digest == memory.digest:
+                self.last = event
+            case Answered(Need(upload=upload, bitmap=bitmap)):
+                bits = bitmap[0] if bitmap else 0
+                asked = {i for i in range(CHUNKS) if bits >> i & 1}
+                self.asked_for.setdefault(upload, set()).update(asked)
+
+    def watch(self, effects: list[Effect]) -> None:
+        for effect in effects:
+            assert isinstance(effect, get_args(Effect))
+            match effect:
+                case SendChunks(upload, indices):
+                    assert set(indices) <= self.asked_for.get(upload, set()), "nobody asked for it"
+                case Seal(announcement, _, go):
+                    assert self.role == "train"
+                    self.sealed.append(announcement.round)
+                    self.given = go.upload
+                case Train() | Send(message=Join()):
+                    assert self.role == "train"
+        assert len(self.sealed) == len(set(self.sealed)), "one update for one round"
+
+
+def check_memory(before: Memory, after: Memory, effects: list[Effect]) -> None:
+    """What a device remembers only grows, and is written down before it is acted on."""
+    assert after.round >= before.round, "rounds only grow"
+    assert after.round > before.round or after.done >= before.done
+    assert after.evaluated_version >= before.evaluated_version
+    if after != before:
+        assert [e.memory for e in effects if isinstance(e, Remember)][-1] == after
+    if after.round > before.round:
+        begun = next(i for i, e in enumerate(effects) if isinstance(e, Remember))
+        acts = [i for i, e in enumerate(effects) if isinstance(e, Send | Fetch | Train)]
+        assert all(i > begun for i in acts), "remembered before it is acted on"
+
+
 @settings(max_examples=300, deadline=None)
 @given(st.data(), st.sampled_from(["train", "evaluate"]), st.sampled_from([None, 0]))
 def test_any_event_in_any_state_gives_legal_effects_or_a_peer_error(data, role, kept) -> None:
     draws = data.draw(st.randoms(use_true_random=False))
     made = Participant(
-        "ward-3",
-        memory=Memory(),
-        samples=5,
-        role=role,
-        fleet_epochs=frozenset({1}),
-        kept_version=kept,
-        draw=draws.random,
-    )
-    asked_for: dict[bytes, set[int]] = {}
-    sealed: list[int] = []
-    last: Announced | None = None
-    given = UPLOAD
-    now_s = 0.0
+        "ward-3", memory=Memory(), samples=5, role=role, fleet_epochs=frozenset({1}),
+        kept_version=kept, draw=draws.random,
+    )  # fmt: skip
+    witness = Witness(role)
     for _ in range(data.draw(st.integers(1, 30))):
         if data.draw(st.integers(0, 2)):
-            event = data.draw(st.sampled_from(what_would_help(made, now_s, last, given)))
+            helpful = what_would_help(made, witness.now_s, witness.last, witness.given)
+            event = data.draw(st.sampled_from(helpful))
         else:
             event = data.draw(any_event)
         before = made.memory
@@ -288,33 +331,6 @@ def test_any_event_in_any_state_gives_legal_effects_or_a_peer_error(data, role, 
         except PeerError:
             assert made.memory == before
             continue
-        if isinstance(event, Tick):
-            now_s = max(now_s, event.now_s)
-        if isinstance(event, Announced) and event.digest == made.memory.digest:
-            last = event
-        if isinstance(event, Answered) and isinstance(event.message, Need):
-            bits = event.message.bitmap[0] if event.message.bitmap else 0
-            asked_for.setdefault(event.message.upload, set()).update(
-                i for i in range(CHUNKS) if bits >> i & 1
-            )
-
-        assert all(isinstance(effect, get_args(Effect)) for effect in effects)
-        assert made.memory.round >= before.round, "rounds only grow"
-        assert made.memory.round > before.round or made.memory.done >= before.done
-        assert made.memory.evaluated_version >= before.evaluated_version
-        if made.memory != before:
-            assert [e.memory for e in effects if isinstance(e, Remember)][-1] == made.memory
-        if made.memory.round > before.round:
-            begun = next(i for i, e in enumerate(effects) if isinstance(e, Remember))
-            acts = [i for i, e in enumerate(effects) if isinstance(e, Send | Fetch | Train)]
-            assert all(i > begun for i in acts), "remembered before it is acted on"
-        for effect in effects:
-            match effect:
-                case SendChunks(upload, indices):
-                    assert set(indices) <= asked_for.get(upload, set()), "nobody asked for it"
-                case Seal(announcement, _, go):
-                    sealed.append(announcement.round)
-                    given = go.upload
-                case Train() | Seal() | Send(message=Join()):
-                    assert role == "train"
-    assert len(sealed) == len(set(sealed)), "one update for one round"
+        witness.hear(event, made.memory)
+        witness.watch(effects)
+        check_memory(before, made.memory, effects)

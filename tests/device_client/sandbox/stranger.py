@@ -23,79 +23,107 @@ HEARD = msgspec.msgpack.Decoder(
 READY = talk.Ready(samples=48, confinement=Confinement(0))
 
 
-def main():
-    how, descriptor = sys.argv[1], int(sys.argv[2])
-    line = socket.socket(fileno=descriptor)
+class Line:
+    """The socket to the agent."""
 
-    def say(message, *blobs):
+    def __init__(self, descriptor):
+        self._socket = socket.socket(fileno=descriptor)
+
+    def say(self, message, *blobs):
         for part in talk.frame(message, *blobs):
-            line.sendall(part)
+            self._socket.sendall(part)
 
-    def hear():
-        def read(length):
-            found = bytearray()
-            while len(found) < length:
-                got = line.recv(length - len(found))
-                if not got:
-                    os._exit(0)
-                found += got
-            return found
+    def say_bytes(self, data):
+        self._socket.sendall(data)
 
-        return talk.read_frame(read, HEARD, head_bytes_max=1 << 24, blob_bytes_max=1 << 30)
+    def hear(self):
+        return talk.read_frame(self._read, HEARD, head_bytes_max=1 << 24, blob_bytes_max=1 << 30)
 
-    task = msgspec.json.decode(hear()[0].task, type=Task)
-    good = {spec.name: np.zeros(spec.shape, np.float32) for spec in task.weights}
-    metrics = dict.fromkeys(task.metrics, 0.5)
+    def _read(self, length):
+        found = bytearray()
+        while len(found) < length:
+            got = self._socket.recv(length - len(found))
+            if not got:
+                os._exit(0)
+            found += got
+        return found
 
-    def done(found, **changes):
-        fields = {"loss": 1.0, "metrics": metrics, "seconds": 0.1, "peak_bytes": 0} | changes
-        say(talk.Done(**fields), found if isinstance(found, bytes) else weights.encode(found))
 
-    if how == "no samples":
-        say(talk.Ready(samples=0, confinement=Confinement(0)))
-    if how == "too many samples":
-        line.sendall(
-            _raw({"type": "Ready", "samples": 1 << 60, "confinement": {"memory_bytes": 0}})
-        )
-    if how == "mute":
-        time.sleep(600)
-    say(READY)
-    hear()
-    say(talk.Built(runtime="a runtime\nERROR a line of its own"))
-    hear()
-    match how:
-        case "a head that is too long":
-            line.sendall(struct.pack("<IQ", 1 << 31, 0))
-        case "a blob that is too long":
-            line.sendall(struct.pack("<IQ", 10, 1 << 40))
-        case "no message":
-            line.sendall(struct.pack("<IQ", 4, 0) + b"\xc1\xc1\xc1\xc1")
-        case "deeply nested":
-            line.sendall(struct.pack("<IQ", 100_000, 0) + b"\x91" * 100_000)
-        case "another message":
-            say(talk.Measured(loss=0.0, metrics={}))
-        case "an unknown field":
-            line.sendall(_raw({"type": "Stopped", "extra": 1}))
-        case "steps that were not":
-            say(talk.Steps(last=3, losses=[1.0]))
-        case "steps without end":
-            say(talk.Steps(last=4096, losses=[1.0] * 4096))
-        case "done too early":
-            done(good)
-        case "cut short":
-            line.sendall(b"".join(talk.frame(talk.Stopped()))[:-1])
-            os._exit(0)
-        case "a letter a second":
-            for byte in b"".join(talk.frame(talk.Stopped())):
-                line.sendall(bytes([byte]))
-                time.sleep(0.4)
-        case _:
-            say(talk.Steps(last=2, losses=[1.0, 1.0]))
-            _end(how, done, good, metrics)
+class Work:
+    """What honest training of this task would answer, for lies to differ from."""
+
+    def __init__(self, line, task):
+        self._line = line
+        self.good = {spec.name: np.zeros(spec.shape, np.float32) for spec in task.weights}
+        self.metrics = dict.fromkeys(task.metrics, 0.5)
+
+    def done(self, found, **changes):
+        fields = {"loss": 1.0, "metrics": self.metrics, "seconds": 0.1, "peak_bytes": 0} | changes
+        blob = found if isinstance(found, bytes) else weights.encode(found)
+        self._line.say(talk.Done(**fields), blob)
+
+
+def main():
+    how, line = sys.argv[1], Line(int(sys.argv[2]))
+    work = Work(line, msgspec.json.decode(line.hear()[0].task, type=Task))
+    _begin(how, line)
+    line.say(READY)
+    line.hear()
+    line.say(talk.Built(runtime="a runtime\nERROR a line of its own"))
+    line.hear()
+    if not _break_off(how, line, work):
+        line.say(talk.Steps(last=2, losses=[1.0, 1.0]))
+        _end(how, work)
     time.sleep(600)
 
 
-def _end(how, done, good, metrics):
+def _begin(how, line):
+    """Lies about the samples."""
+    if how == "no samples":
+        line.say(talk.Ready(samples=0, confinement=Confinement(0)))
+    if how == "too many samples":
+        ready = {"type": "Ready", "samples": 1 << 60, "confinement": {"memory_bytes": 0}}
+        line.say_bytes(_raw(ready))
+    if how == "mute":
+        time.sleep(600)
+
+
+def _break_off(how, line, work):
+    """Lies in the middle of training; False for one that comes at its end."""
+    match how:
+        case "a head that is too long":
+            line.say_bytes(struct.pack("<IQ", 1 << 31, 0))
+        case "a blob that is too long":
+            line.say_bytes(struct.pack("<IQ", 10, 1 << 40))
+        case "no message":
+            line.say_bytes(struct.pack("<IQ", 4, 0) + b"\xc1\xc1\xc1\xc1")
+        case "deeply nested":
+            line.say_bytes(struct.pack("<IQ", 100_000, 0) + b"\x91" * 100_000)
+        case "another message":
+            line.say(talk.Measured(loss=0.0, metrics={}))
+        case "an unknown field":
+            line.say_bytes(_raw({"type": "Stopped", "extra": 1}))
+        case "steps that were not":
+            line.say(talk.Steps(last=3, losses=[1.0]))
+        case "steps without end":
+            line.say(talk.Steps(last=4096, losses=[1.0] * 4096))
+        case "done too early":
+            work.done(work.good)
+        case "cut short":
+            line.say_bytes(b"".join(talk.frame(talk.Stopped()))[:-1])
+            os._exit(0)
+        case "a letter a second":
+            for byte in b"".join(talk.frame(talk.Stopped())):
+                line.say_bytes(bytes([byte]))
+                time.sleep(0.4)
+        case _:
+            return False
+    return True
+
+
+def _end(how, work):
+    """Lies about what came of it."""
+    done, good = work.done, work.good
     first = next(iter(good))
     match how:
         case "weights that are no number":
@@ -113,7 +141,7 @@ def _end(how, done, good, metrics):
         case "more optimiser than there is":
             done(good, optimiser_bytes=1 << 40)
         case "metrics of another task":
-            done(good, metrics=metrics | {"x": 1.0})
+            done(good, metrics=work.metrics | {"x": 1.0})
         case "no loss":
             done(good, loss=float("nan"))
         case "the truth":
