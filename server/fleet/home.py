@@ -16,9 +16,6 @@ Every secret is in a file that its owner alone can read.
 """
 
 import contextlib
-import os
-import pwd
-import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -39,6 +36,7 @@ from broker_bridge.wire.topics import OPERATOR, SERVER, is_name
 from server.config import EXAMPLE, ServerConfig
 from server.fleet.authority import Authority, Issued
 from server.fleet.certificates import read_certificate, read_key, write_private, write_public
+from server.fleet.finding import check_fleet
 from server.fleet.keys import ServerKeys, new_keys
 from server.fleet.machines import MADE_AGAIN, ca_fault, check_usable, read_if_there
 from server.fleet.roster import Roster, read_roster, write_roster
@@ -57,41 +55,8 @@ class Home:
     @classmethod
     def find(cls, folder: Path) -> "Home":
         """The fleet in `folder`. Raises LocalError if there is none, or it is somebody else's."""
-        home = cls(folder)
-        _check_ours(folder)
-        with disk_errors(folder):
-            if not (folder / "midge.toml").is_file():
-                raise home._no_fleet()
-        if home._was_at_work and not home._has_database:  # an empty one would know nobody
-            raise LocalError(
-                f"{home.database} is gone, and with it every device and model of this fleet; put "
-                "it back, or make the fleet again with `midge restore` in another folder"
-            )
-        return home
-
-    def _no_fleet(self) -> LocalError:
-        if self._keys.exists():
-            anew = "if `midge init` was cut off here, remove the folder and make it again, else "
-            return LocalError(
-                f"{self.folder} holds no fleet: it has keys and no midge.toml; "
-                f"{'' if self._was_at_work else anew}put that file back (a line with the "
-                "`federation`, and your [broker], will do)"
-            )
-        return LocalError(
-            f"{self.folder} holds no fleet; make one with `midge init {self.folder}`, or say --dir"
-        )
-
-    @property
-    def _has_database(self) -> bool:
-        with disk_errors(self.database):
-            return self.database.exists() and self.database.stat().st_size > 0
-
-    @property
-    def _was_at_work(self) -> bool:
-        """Whether there are traces of what only a fleet with a database leaves."""
-        with disk_errors(self.folder):
-            traces = [*self.folder.glob("bundles/*"), *self.state.glob("models/*")]
-            return bool(traces) or self._roster.exists()
+        check_fleet(folder)
+        return cls(folder)
 
     def config(self, path: Path | None = None) -> ServerConfig:
         """The settings. Raises LocalError."""
@@ -236,24 +201,6 @@ class Home:
     def bundle(self, device: str) -> Path:
         """Where the bundle of `device` is, or would be."""
         return self.folder / "bundles" / f"{device}.bundle"
-
-
-def _check_ours(folder: Path) -> None:
-    """Its secrets are for its owner alone. Whoever else may write there, as root may, would leave
-    files behind that the server cannot read.
-    """
-    with disk_errors(folder):
-        owner = folder.stat().st_uid if folder.exists() else os.geteuid()
-    if owner == os.geteuid():
-        return
-    try:
-        name = pwd.getpwuid(owner).pw_name
-    except KeyError:
-        name = f"#{owner}"
-    raise LocalError(
-        f"{folder} belongs to the user {name}, and so do its secrets; run this as that user: "
-        f"`sudo -u {shlex.quote(name)} midge …`"
-    )
 
 
 def create(folder: Path, *, federation: str, hosts: list[str], port: int) -> Home:
