@@ -3,21 +3,42 @@
 paho reads a packet in three or four pieces and writes each packet by itself: over TLS that
 is a record, a segment and a wake-up of the broker for every acknowledgement of four bytes.
 Here it reads from what one call brought, and what it writes gathers until `flush`.
-docs/decisions/0131 has the figures.
+The two packets that come by the thousand (`plain_packet.py`) never reach paho, unless it
+is not the paho that was tried. docs/decisions/0131 and 0134 have the figures.
 """
 
-from typing import Any
+import ssl
+import time
+from typing import Any, Protocol
 
+import paho.mqtt
 import paho.mqtt.client as mqtt
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
+from paho.mqtt.reasoncodes import ReasonCode
 
+from broker_bridge.link.plain_packet import acknowledged_in, extent_of, is_plain, message_in
 from broker_bridge.link.queued_link import MIB
 
-__all__ = ["RECEIVED_PACKET_BYTES_MAX", "TRESPASS", "GatheringClient"]
+__all__ = ["RECEIVED_PACKET_BYTES_MAX", "TRESPASS", "GatheringClient", "Taker"]
 
 RECEIVED_PACKET_BYTES_MAX = 1 * MIB
 TRESPASS = "it sent"  # begins what a broker did that no broker may
 _READ_BYTES = 64 * 1024
 _GATHERED_BYTES_MAX = 64 * 1024  # and one packet
+_TRIED = "2.2."  # of paho; another reads every packet itself
+_SUCCESS = ReasonCode(PacketTypes.PUBACK)
+_NO_PROPERTIES = Properties(PacketTypes.PUBACK)  # type: ignore[no-untyped-call]
+
+
+class Taker(Protocol):
+    """Who takes messages that paho does not see."""
+
+    def may_take(self) -> bool:
+        """Whether there is room for one more."""
+
+    def take(self, topic: str, payload: bytes, *, retained: bool, packet_id: int) -> None:
+        """A message of QoS 1 came."""
 
 
 class GatheringClient(mqtt.Client):
@@ -28,15 +49,19 @@ class GatheringClient(mqtt.Client):
     QoS 1: a broker that does otherwise is hung up on before it is given memory.
     """
 
-    def __init__(self, *arguments: Any, **options: Any) -> None:
+    def __init__(self, taker: Taker, *arguments: Any, **options: Any) -> None:
+        self.takes_plain = paho.mqtt.__version__.startswith(_TRIED)
+        self._taker = taker
         self._unread = b""
         self._unread_at = 0
+        self.is_drained = False  # the last read left nothing in the socket
+        self._is_cut = False  # the unread bytes are the beginning of one plain packet
         self._gathered = bytearray()
         super().__init__(*arguments, **options)
 
     def has_unread(self) -> bool:
         """Whether bytes wait here that no `poll` would tell of."""
-        if self._unread_at < len(self._unread):
+        if self._unread_at < len(self._unread) and not self._is_cut:
             return True
         pending = getattr(self._sock, "pending", None)  # what TLS has decrypted already
         return pending is not None and pending() > 0
@@ -69,10 +94,54 @@ class GatheringClient(mqtt.Client):
             )
         if self._in_packet["command"] & 0xF6 == 0x34:
             raise ConnectionAbortedError(f"{TRESPASS} a message of QoS 2")
-        if self._unread_at == len(self._unread):
-            self._unread, self._unread_at = super()._sock_recv(_READ_BYTES), 0
+        if self._is_cut or self._unread_at == len(self._unread):
+            self.is_drained = True  # whatever else this read comes to
+            more = super()._sock_recv(_READ_BYTES)
+            if not more:
+                return b""
+            # TLS gives one record at a time, however many have come.
+            self.is_drained = len(more) < _READ_BYTES and not isinstance(self._sock, ssl.SSLSocket)
+            self._unread, self._unread_at = self._unread[self._unread_at :] + more, 0
+            self._last_bytes_received = time.monotonic()  # for paho's keep-alive
+        if self.takes_plain and self._in_packet["command"] == 0 and not self._leave_to_paho():
+            raise BlockingIOError
         start, self._unread_at = self._unread_at, min(self._unread_at + bufsize, len(self._unread))
         return self._unread[start : self._unread_at]
+
+    def _leave_to_paho(self) -> bool:
+        """Take the plain packets; say whether what comes next is for paho to read."""
+        unread, self._is_cut = self._unread, False
+        while self._unread_at < len(unread):
+            command = unread[self._unread_at]
+            extent = extent_of(unread, self._unread_at) if is_plain(command) else None
+            if extent is None or extent[1] - self._unread_at > _READ_BYTES:
+                return True
+            if extent[1] > len(unread):
+                self._is_cut = True
+                return False
+            if not self._taker.may_take():
+                return False
+            if not self._took(command, *extent):
+                return True
+            self._unread_at = extent[1]
+        self._unread, self._unread_at = b"", 0
+        return False
+
+    def _took(self, command: int, begin: int, end: int) -> bool:
+        """Take the packet with this body, unless it turns out not to be plain."""
+        if command == mqtt.PUBACK:
+            packet_id = acknowledged_in(self._unread, begin, end)
+            if packet_id is None:
+                return False
+            if packet_id in self._out_messages:
+                self._do_on_publish(packet_id, _SUCCESS, _NO_PROPERTIES)
+            return True
+        found = message_in(self._unread, begin, end, v5=self._protocol == mqtt.MQTTv5)
+        if found is None:
+            return False
+        topic, packet_id, payload = found
+        self._taker.take(topic, payload, retained=bool(command & 1), packet_id=packet_id)
+        return True
 
     def _sock_send(self, buf: bytes | bytearray) -> int:
         if len(self._gathered) >= _GATHERED_BYTES_MAX:

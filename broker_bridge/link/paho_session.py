@@ -47,7 +47,7 @@ log = logging.getLogger(__name__)
 
 _FILTERS_PER_SUBSCRIBE = 8  # what AWS IoT Core takes in one packet
 _UNSENT_DATA_TIMEOUT_MS = 30_000  # TCP gives up on a peer that acknowledges nothing
-_PACKETS_AT_ONCE = 32  # read before the owner gets a turn with the lock
+_READS_AT_ONCE = 32  # before the owner hears what came
 _GOOD_DEAL_BYTES = 16 * 1024  # more than greetings and a few control messages
 _LOST_SOON_MAX = 3  # then it is said what may be behind it
 _ANOTHER = (
@@ -225,21 +225,24 @@ class PahoSession(QueuedLink):
 
     def _prepare(self, this: Connection) -> tuple[bool, bool]:
         """Hand over what is queued; say whether to wait for reading and for writing."""
+        self._hand_over(this.client)
+        this.client.flush()
         with self._changed:
             reading = not self._greeted(this) or self._may_read()
-            self._hand_over(this.client)
-        this.client.flush()
         return reading, this.client.want_write()
 
     def _work(self, this: Connection, *, readable: bool, writable: bool) -> None:
         """Let paho do what the socket allows."""
         client = this.client
         if readable:
-            # paho takes one packet a call; what else is here is taken without another wait.
-            for _ in range(_PACKETS_AT_ONCE):
-                client.loop_read()
-                if not (client.has_unread() and self._may_read()):
-                    break
+            try:
+                # One read or one packet a call; what else is here is taken without another wait.
+                for _ in range(_READS_AT_ONCE):
+                    client.loop_read()
+                    if not self.may_take() or (client.is_drained and not client.has_unread()):
+                        break
+            finally:
+                self._hand_in()
         if writable:
             client.loop_write()
             client.flush()
@@ -321,6 +324,7 @@ class PahoSession(QueuedLink):
         settings = self._settings
         v5 = self._protocol == "5.0"
         client = GatheringClient(
+            self,
             CallbackAPIVersion.VERSION2,
             client_id=settings.client_id,
             clean_session=None if v5 else settings.session_s == 0,
@@ -378,29 +382,28 @@ class PahoSession(QueuedLink):
         if not greeted or now - self._closing_since > GOODBYE_S:
             client.disconnect()  # written at once if the socket takes it
             return True
+        self._hand_over(client)
         with self._changed:
-            self._hand_over(client)
             if self._all_sent() and not client.want_write():
                 # Once it is written, paho closes the socket, and that ends the loop.
                 client.disconnect()
         return False
 
     def _hand_over(self, client: GatheringClient) -> None:
-        """Give paho what the owner queued, no more publishes than the broker takes at once."""
+        """Give paho what the owner queued, no more publishes than the broker takes at once.
+
+        Without the lock, as writing takes its time: a publish is in flight before it leaves the
+        queue, so whoever counts meanwhile counts it twice, never not at all.
+        """
         if not self._connected:
             return
         for packet_id in self._take_acks():
             client.ack(packet_id, 1)
-        for batch in _batches(self._to_unsubscribe):
-            client.unsubscribe(batch)
-        for batch in _batches(self._to_subscribe):
-            _, subscription_id = client.subscribe([(each, 1) for each in batch])
-            if subscription_id is not None:
-                self._subscribing[subscription_id] = batch
-        self._to_unsubscribe.clear()
-        self._to_subscribe.clear()
+        if self._to_unsubscribe or self._to_subscribe:
+            self._ask_for_topics(client)
         if not self._outgoing:
             return
+        handed_bytes = 0
         while self._outgoing and self._may_publish(time.monotonic()):
             message = self._outgoing[0]
             if self._fits(message):
@@ -408,8 +411,22 @@ class PahoSession(QueuedLink):
                 self._inflight[sent.mid] = message
                 self.bytes_sent += len(message.topic) + len(message.payload)
             self._outgoing.popleft()
-            self._outgoing_bytes -= len(message.topic) + len(message.payload)
-        self._changed.notify_all()
+            handed_bytes += len(message.topic) + len(message.payload)
+        with self._changed:
+            self._outgoing_bytes -= handed_bytes
+            if self._all_sent():  # the last was refused here; nobody waits for less
+                self._changed.notify_all()
+
+    def _ask_for_topics(self, client: mqtt.Client) -> None:
+        with self._changed:
+            for batch in _batches(self._to_unsubscribe):
+                client.unsubscribe(batch)
+            for batch in _batches(self._to_subscribe):
+                _, subscription_id = client.subscribe([(each, 1) for each in batch])
+                if subscription_id is not None:
+                    self._subscribing[subscription_id] = batch
+            self._to_unsubscribe.clear()
+            self._to_subscribe.clear()
 
     def _may_publish(self, now: float) -> bool:
         """Whether window and pace let one more publish go; if so, it is counted."""
@@ -482,7 +499,7 @@ class PahoSession(QueuedLink):
         except UnicodeDecodeError:
             topic = ""
         if topic and len(message.payload) <= RECEIVED_PACKET_BYTES_MAX:
-            self._deliver(
+            self.take(
                 topic,
                 bytes(message.payload),
                 retained=message.retain,

@@ -51,7 +51,8 @@ class QueuedLink:
         self.last_refused = ""  # the topic or filter of the last one
         self.connections = 0
 
-        # One lock for all that both threads touch.
+        # One lock for all that both threads touch, but for the two queues that the owner only
+        # appends to and the network half only takes from the head of: `_outgoing` and `_acks`.
         self._changed = threading.Condition()
         self._outgoing: deque[Message] = deque()
         self._outgoing_bytes = 0
@@ -71,6 +72,10 @@ class QueuedLink:
         self._woken = False
         self._closing_since: float | None = None
         self._crash: Exception | None = None
+        # The network half's alone, until it hands them in.
+        self._arrived: list[Message] = []
+        self._arrived_bytes = 0
+        self._answered: list[tuple[int, str | None]] = []
         self._is_holding = False  # the owner's alone
         self._held = 0
 
@@ -204,8 +209,7 @@ class QueuedLink:
         """
         if message.token == 0:
             return  # QoS 0: nothing to acknowledge
-        with self._changed:
-            self._acks.append(message.token)
+        self._acks.append(message.token)  # in one step, so without the lock
         self._queued()
 
     def close(self) -> None:
@@ -262,28 +266,44 @@ class QueuedLink:
 
     def _take_acks(self) -> list[int]:
         """The packet ids that the owner acknowledged, those of earlier connections left out."""
-        taken = [divmod(token, 1 << 16) for token in self._acks]
-        self._acks.clear()
+        taken = [divmod(self._acks.popleft(), 1 << 16) for _ in range(len(self._acks))]
         return [packet_id for connection, packet_id in taken if connection == self.connections]
 
-    def _deliver(self, topic: str, payload: bytes, *, retained: bool, packet_id: int) -> None:
-        """A message came; `packet_id` is 0 for QoS 0."""
-        with self._changed:
-            token = (self.connections << 16) + packet_id if packet_id else 0
-            self._inbox.append(Message(topic, payload, retained, token))
-            self._inbox_bytes += len(payload)
-            self.bytes_received += len(topic) + len(payload)
-            self._changed.notify_all()
+    def take(self, topic: str, payload: bytes, *, retained: bool, packet_id: int) -> None:
+        """A message came; `packet_id` is 0 for QoS 0. The owner hears of it at `_hand_in`."""
+        token = (self.connections << 16) + packet_id if packet_id else 0
+        self._arrived.append(Message(topic, payload, retained, token))
+        self._arrived_bytes += len(payload)
+        self.bytes_received += len(topic) + len(payload)
+
+    def may_take(self) -> bool:
+        """Whether there is room for one more message, those that came just now counted."""
+        return (
+            len(self._inbox) + len(self._arrived) < LIMITS.receive_queue_messages_max
+            and self._inbox_bytes + self._arrived_bytes < self._receive_queue_bytes_max
+        )
 
     def _acknowledged(self, packet_id: int, *, refusal: str | None) -> None:
-        """The broker answered a publish."""
+        """The broker answered a publish. It counts from `_hand_in` on."""
+        self._answered.append((packet_id, refusal))
+
+    def _hand_in(self) -> None:
+        """Tell the owner what one turn of the network brought: one lock, one wake-up."""
+        if not self._arrived and not self._answered:
+            return
         with self._changed:
-            self._answers += 1
-            message = self._inflight.pop(packet_id, None)
-            if message is not None and refusal is not None:
-                self._refuse(message.topic, refusal)
-            if self._all_sent():  # nobody waits for less
+            self._answers += len(self._answered)
+            for packet_id, refusal in self._answered:
+                message = self._inflight.pop(packet_id, None)
+                if message is not None and refusal is not None:
+                    self._refuse(message.topic, refusal)
+            self._inbox.extend(self._arrived)
+            self._inbox_bytes += self._arrived_bytes
+            if self._arrived or self._all_sent():  # nobody waits for less
                 self._changed.notify_all()
+        self._arrived.clear()
+        self._arrived_bytes = 0
+        self._answered.clear()
 
     def _subscribed(self, packet_id: int, refusals: Sequence[str | None]) -> None:
         """The broker answered a subscription, filter by filter."""
