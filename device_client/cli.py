@@ -70,7 +70,7 @@ def enrol_command(bundle: Path, folder: Path, wait_s: float, as_json: bool) -> N
 @FOLDER
 @click.option("--bundle", type=click.Path(path_type=Path, dir_okay=False),
               help="Enrol with this bundle first, if not enrolled yet.")  # fmt: skip
-@click.option("--data", help="npz:FILE, csv:FOLDER, module:function or FILE.py:function.")
+@click.option("--data", help="npz:FILE, csv:FOLDER, store:FILE, module:function, FILE.py:function.")
 @click.option("--role", type=click.Choice(["train", "evaluate"]), help="Default: train.")
 @click.option("--config", type=click.Path(path_type=Path, dir_okay=False),
               help="Settings file; default: device.toml in the device's folder.")  # fmt: skip
@@ -127,7 +127,7 @@ def _settings_to_run(
     )
     if not settings.data:
         raise LocalError(
-            "no data source: say --data npz:FILE, csv:FOLDER or module:function, "
+            "no data source: say --data npz:FILE, csv:FOLDER, store:FILE or module:function, "
             f"or set data in {path}"
         )
     _look_for(settings.data)

@@ -40,7 +40,8 @@ EXAMPLE = """\
 # midge-device: the settings of this device. Remove the # to change one.
 # Each can be set for one run: `midge-device run --set keepalive_s=300`.
 
-# Where the samples come from: npz:FILE, csv:FOLDER, module:function or FILE.py:function.
+# Where the samples come from: npz:FILE, csv:FOLDER, store:FILE, module:function or
+# FILE.py:function.
 # data = "npz:/var/lib/sensor/samples.npz"
 
 # "train" sends updates. "evaluate" never trains: it measures each new model on its own

@@ -141,7 +141,7 @@ def calm():
     (HERE / "waits").touch()
     while not (HERE / "go").exists():
         time.sleep(0.02)
-    return samples(rows=20_000)
+    return samples(rows=40_000)
 """
 
 
