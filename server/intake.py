@@ -8,6 +8,7 @@ their sealed chunks, to the same bits: exact sums do not care for order.
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -26,7 +27,9 @@ from server.store import rows
 from server.store.database import Database
 from server.store.spool import Spool
 
-__all__ = ["ATTEMPTS_MAX", "Intake"]
+__all__ = ["ATTEMPTS_MAX", "AtDisk", "Intake"]
+
+AtDisk = Callable[[], AbstractContextManager[None]]
 
 log = logging.getLogger("midge.server")
 
@@ -135,8 +138,11 @@ class Intake:
 
     # ── whole updates ───────────────────────────────────────────────────────────────────
 
-    def accept(self, effects: Sequence[Accept]) -> list[Accepted | Refused]:
-        """Open, check and sum complete updates; put them and their receipts on disk together."""
+    def accept(self, effects: Sequence[Accept], *, at_disk: AtDisk) -> list[Accepted | Refused]:
+        """Open, check and sum complete updates; put them and their receipts on disk together.
+
+        `at_disk` is entered while the disk is waited for.
+        """
         results: list[Accepted | Refused] = []
         good: list[Accept] = []
         for effect in effects:
@@ -146,7 +152,8 @@ class Intake:
             except PeerError as error:
                 results.append(_not_added(effect.init, error))
         try:
-            self.commit(good)
+            with at_disk():
+                self.commit(good)
         except (LocalError, PeerError) as error:
             # Nothing of this group is promised: the sum goes back to what has a receipt.
             log.error("cannot keep updates: %s", error)

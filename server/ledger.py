@@ -25,7 +25,7 @@ from server.announcer import Announcer
 from server.config import ServerConfig
 from server.events import Accept, Accepted, Opened, OpenRound, Refused, Run, Upload
 from server.fleet.home import Home, ServerKeys
-from server.intake import Intake
+from server.intake import AtDisk, Intake
 from server.lineage import Lineage, LoadedTask, TaskFiles, Weights
 from server.old_copy import settle_old_copy
 from server.recall import Recalled, recall
@@ -235,10 +235,13 @@ class Ledger:
             raise PeerError("unasked_upload", f"{device} sent a chunk while no round is open")
         return self._open.put_chunk(device, chunk)
 
-    def accept(self, effects: Sequence[Accept]) -> list[Accepted | Refused]:
-        """Open, check and sum complete updates; put them and their receipts on disk together."""
+    def accept(self, effects: Sequence[Accept], *, at_disk: AtDisk) -> list[Accepted | Refused]:
+        """Open, check and sum complete updates; put them and their receipts on disk together.
+
+        `at_disk` is entered while the disk is waited for.
+        """
         assert self._open is not None  # noqa: S101 - asked only while a round is open
-        return self._open.accept(effects)
+        return self._open.accept(effects, at_disk=at_disk)
 
     def refuse(self, device: str, upload: bytes, reason: str) -> None:
         """Write down that an upload was rejected, and drop what was stored of it."""

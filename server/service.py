@@ -197,7 +197,7 @@ class Service:
         """Commit the complete updates that came in together, then say so."""
         while self._to_accept:
             batch, self._to_accept = self._to_accept, []
-            results = self._ledger.accept(batch)
+            results = self._ledger.accept(batch, at_disk=self._link.apart)
             for each in results:
                 if isinstance(each, ev.Refused) and each.status == "busy":
                     self._no_room(DiskFullError(each.reason))

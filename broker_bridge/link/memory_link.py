@@ -208,6 +208,10 @@ class MemoryLink:
         """Nothing to save here: each goes out as it comes."""
         return nullcontext()
 
+    def apart(self) -> AbstractContextManager[None]:
+        """Nothing rests here meanwhile."""
+        return nullcontext()
+
     def publish(self, topic: str, payload: bytes, *, retain: bool = False) -> None:
         """Hand a publish to the broker, or queue it while there is no connection."""
         check_topic(topic)

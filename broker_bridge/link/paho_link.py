@@ -9,6 +9,8 @@ import selectors
 import socket
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Unpack
 
 from broker_bridge.errors import LinkError
@@ -17,6 +19,8 @@ from broker_bridge.link.queued_link import GOODBYE_S
 from broker_bridge.link.tls import TlsFiles, client_context
 
 __all__ = ["PahoLink"]
+
+_PATIENCE_S = 0.2  # so long the owner may keep us from the network at a time
 
 _Selector = getattr(selectors, "PollSelector", selectors.SelectSelector)
 
@@ -124,7 +128,8 @@ class PahoLink(PahoSession):
     def _serve(self, this: Connection, selector: selectors.BaseSelector) -> None:
         waited_for = 0
         while self._goes_on(this, time.monotonic()):
-            reading, writing = self._prepare(this)
+            with self._our_turn():
+                reading, writing = self._prepare(this)
             sock = this.socket
             if sock is None:
                 return  # the write found the connection gone
@@ -139,11 +144,22 @@ class PahoLink(PahoSession):
                 self._wake_read.recv(4096)
                 self._poked = False  # before the queues are looked at: no poke gets lost
             ready = events.get(sock, 0)
-            self._work(
-                this,
-                readable=bool(ready & selectors.EVENT_READ) or undelivered,
-                writable=bool(ready & selectors.EVENT_WRITE),
-            )
+            with self._our_turn():
+                self._work(
+                    this,
+                    readable=bool(ready & selectors.EVENT_READ) or undelivered,
+                    writable=bool(ready & selectors.EVENT_WRITE),
+                )
+
+    @contextmanager
+    def _our_turn(self) -> Iterator[None]:
+        """After what the owner does together; not long after, for the broker must hear of us."""
+        is_ours = self._turn.acquire(timeout=_PATIENCE_S)
+        try:
+            yield
+        finally:
+            if is_ours:
+                self._turn.release()
 
     def _poke(self) -> None:
         # One is enough until the thread has looked: each costs a system call, and often a

@@ -25,7 +25,6 @@ log = logging.getLogger(__name__)
 MIB = 1024 * 1024
 GOODBYE_S = 1.0  # what close() waits for acknowledgements
 FRUITLESS_CONNECTIONS_MAX = 5
-_TOGETHER_MAX = 16  # messages and acknowledgements; more are worth a system call
 
 
 def packet_bytes(topic: str, payload: bytes, *, protocol: str) -> int:
@@ -76,8 +75,11 @@ class QueuedLink:
         self._arrived: list[Message] = []
         self._arrived_bytes = 0
         self._answered: list[tuple[int, str | None]] = []
-        self._is_holding = False  # the owner's alone
-        self._held = 0
+        # The owner's turn, or the network half's. It guards nothing, it only saves: two threads
+        # that both want Python's lock hand it on, by a system call, several times for a message.
+        self._turn = threading.Lock()
+        self._is_together = False  # the owner's alone
+        self._waits = False
 
     def _poke(self) -> None:
         """The owner queued something: have the network half look at the queues."""
@@ -86,23 +88,36 @@ class QueuedLink:
     @contextmanager
     def together(self) -> Iterator[None]:
         """What is published and acknowledged inside may wait for its end. See `Link.together`."""
-        # Each poke costs a system call, and two threads that take turns for one message each.
-        self._is_holding = True
+        with self._turn:
+            self._is_together = True
+            try:
+                yield
+            finally:
+                self._is_together = False
+        self._let_go()
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """The network goes on while the owner waits for something else. See `Link.apart`."""
+        if not self._is_together:
+            yield
+            return
+        self._turn.release()
+        self._let_go()
         try:
             yield
         finally:
-            self._is_holding = False
-            self._let_go()
+            self._turn.acquire()
 
     def _queued(self) -> None:
-        """One more publish or acknowledgement waits for the network half."""
-        self._held += 1
-        if not self._is_holding or self._held >= _TOGETHER_MAX:
+        """A publish or an acknowledgement waits for the network half."""
+        self._waits = True
+        if not self._is_together:
             self._let_go()
 
     def _let_go(self) -> None:
-        if self._held:
-            self._held = 0
+        if self._waits:
+            self._waits = False
             self._poke()
 
     @property

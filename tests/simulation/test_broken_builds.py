@@ -59,8 +59,8 @@ class ReceiptBeforeCommit(Ledger):
 class DedupeOff(Intake):
     """Adds an update to the sum each time it is asked to."""
 
-    def accept(self, effects):
-        results = super().accept(effects)
+    def accept(self, effects, *, at_disk):
+        results = super().accept(effects, at_disk=at_disk)
         for effect in effects:
             if Accepted(effect.init.upload) in results:
                 self.add(effect.init)
