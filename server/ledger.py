@@ -373,7 +373,7 @@ class Ledger:
         if self.task is None or self.task.plan.digest != run.task_digest:
             raise LocalError(
                 f"the task file {run.task_name!r} was changed while run {run.id} was open; put the "
-                "old file back, or send stop and start anew"
+                "old file back, or give the run up with `midge stop --without-server`"
             )
         found = Run(
             id=run.id, task=run.task_name, rounds=run.rounds_total, rounds_done=run.rounds_done,

@@ -46,7 +46,10 @@ class Members:
             self._changes, self._shut_out = tx.fleet_changes(), tx.shut_out()
 
     def look(self, *, now: bool = False) -> Change | None:
-        """Whether a command changed who belongs to the fleet; once a second, or `now`."""
+        """Whether a command changed who belongs to the fleet; once a second, or `now`.
+
+        Raises LocalError.
+        """
         if not now and self._clock() < self._look_at_s:
             return None
         self._look_at_s = self._clock() + _LOOK_S
@@ -55,8 +58,8 @@ class Members:
             if changes == self._changes:
                 return None
             gone = tx.shut_out()
+        self._roster = self._home.roster()  # if that fails, it is tried again at the next look
         self._changes = changes
-        self._roster = self._home.roster()
         self.forget()
         before, self._shut_out = self._shut_out, gone
         shut_out = {name: status for name, status in gone.items() if before.get(name) != status}

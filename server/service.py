@@ -232,7 +232,11 @@ class Service:
 
     def _look_at_fleet(self, *, now: bool = False) -> None:
         """Whether a command changed who belongs to it; once a second, or `now`."""
-        change = self._members.look(now=now)
+        try:
+            change = self._members.look(now=now)
+        except LocalError as error:
+            log.error("%s (going on with the members of before)", error)
+            return
         if change is None:
             return
         self._sweep_at_s = self._clock()  # somebody may be wanted to renew

@@ -237,3 +237,14 @@ def test_strangers_cannot_fill_the_memory_nor_can_members(members, db, monkeypat
         members.member(f"d-{n}")
         assert len(members._known) <= 3
     assert isinstance(members.member("d-0"), Device)
+
+
+def test_a_roster_that_cannot_be_read_is_read_at_a_later_look(members, home, db, clock):
+    path = home.folder / "keys" / "roster.json"
+    good = path.read_bytes() if path.exists() else None
+    set_status(db, "ann", "suspended")
+    path.write_bytes(b"not a roster")
+    with pytest.raises(LocalError, match=r"roster\.json"):
+        members.look(now=True)
+    path.unlink() if good is None else path.write_bytes(good)
+    assert members.look(now=True).shut_out == {"ann": "suspended"}

@@ -89,6 +89,16 @@ def test_a_start_that_is_refused_is_in_the_log_too(world, caplog):
     assert f"start: {reply['error']}" in caplog.text
 
 
+def test_a_roster_that_cannot_be_read_ends_no_server(arena, caplog):
+    path = arena.home.folder / "keys" / "roster.json"
+    path.write_bytes(b"not a roster")
+    with arena.ledger.db.transaction() as tx:
+        tx.count_fleet_change()
+    arena.pass_time(2)
+    assert "roster.json" in caplog.text
+    assert arena.status()["phase"] == "open"
+
+
 def test_a_start_of_an_unknown_task_says_which_there_are(world):
     reply = world.tell(cmd="start", task="nonsense")
     assert not reply["ok"]
