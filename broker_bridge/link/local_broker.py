@@ -21,7 +21,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal
 
 from broker_bridge.disk import owner_only, write_atomic
 from broker_bridge.errors import LocalError
@@ -44,6 +44,7 @@ IOTCORE_LACKS = (
     "install mosquitto for real use"
 )
 
+_CATCHES_SIGNALS_S = 10.0  # after it listens, at the latest, whatever its log says or has lost
 _PORTS = range(20_000, 32_000)
 _CLAIMS: list[socket.socket] = []  # as long as this process lives
 
@@ -148,7 +149,9 @@ class LocalBroker:
         self._conf_more = conf_more
         self._shipped_acl = shipped_acl
         self._tied = _TIED if tied and shutil.which(_TIED[0]) else []
+        self._log: BinaryIO | None = None
         self._log_start = 0
+        self._listens_since_s = 0.0
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -177,18 +180,22 @@ class LocalBroker:
             return
         self._check_port()
         command = self._prepare()
-        with open(self.log_path, "ab", opener=owner_only) as log:
-            self._log_start = log.tell()
-            # A session of its own: Ctrl-C is for us, and the broker goes last.
-            self._process = subprocess.Popen(
-                [*self._tied, *command],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                cwd=self.folder,
-                start_new_session=True,
-            )
+        if self._log is not None:  # the broker before this one ended by itself
+            self._log.close()
+        # Kept open: what the broker says can be read even where the file was renamed or removed.
+        self._log = open(self.log_path, "a+b", opener=owner_only)  # noqa: SIM115
+        self._log_start = self._log.tell()
+        # A session of its own: Ctrl-C is for us, and the broker goes last.
+        self._process = subprocess.Popen(
+            [*self._tied, *command],
+            stdin=subprocess.DEVNULL,
+            stdout=self._log,
+            stderr=self._log,
+            cwd=self.folder,
+            start_new_session=True,
+        )
         self._wait_until_up(wait_s)
+        self._listens_since_s = time.monotonic()
 
     def stop(self) -> None:
         """Ask the broker to end, and wait for it; mosquitto writes its database first."""
@@ -198,15 +205,16 @@ class LocalBroker:
         try:
             self._process.wait(timeout=10)
         except subprocess.TimeoutExpired:
-            self.kill()
-        self._process = None
+            self._process.kill()
+            self._process.wait()
+        self._let_go()
 
     def kill(self) -> None:
         """End the broker as a power cut would (SIGKILL)."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
-            self._process = None
+            self._let_go()
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """Wait until the broker ends by itself; say whether it did."""
@@ -232,8 +240,9 @@ class LocalBroker:
             return
         give_up = time.monotonic() + wait_s
         # It listens a moment before it catches signals, and one that it does not catch ends it.
-        self._wait_for_word(b" running", self._log_start, give_up)
-        start = self.log_path.stat().st_size
+        catches_s = self._listens_since_s + _CATCHES_SIGNALS_S
+        self._wait_for_word(b" running", self._log_start, min(give_up, catches_s))
+        start = self._log_bytes()
         while self.is_running and time.monotonic() < give_up:
             # mosquitto 2.0.11 forgets a signal that comes while it still obeys the one before.
             self._process.send_signal(signal.SIGHUP)
@@ -247,6 +256,13 @@ class LocalBroker:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
+
+    def _let_go(self) -> None:
+        """The process is gone."""
+        self._process = None
+        if self._log is not None:
+            self._log.close()
+            self._log = None
 
     def _prepare(self) -> list[str]:
         if self._conf_text is None:
@@ -303,13 +319,16 @@ class LocalBroker:
 
     def _wait_for_word(self, word: bytes, start: int, give_up: float) -> bool:
         """Whether the log says this, from byte `start` on, while the broker runs."""
-        while self.is_running and time.monotonic() < give_up:
-            with self.log_path.open("rb") as log:
-                log.seek(start)
-                if word in log.read():
-                    return True
+        while self._log is not None and self.is_running and time.monotonic() < give_up:
+            size = self._log_bytes()
+            start = start if start <= size else 0  # somebody emptied it, as logrotate may
+            if word in os.pread(self._log.fileno(), size - start, start):
+                return True
             time.sleep(0.01)
         return False
+
+    def _log_bytes(self) -> int:
+        return 0 if self._log is None else os.fstat(self._log.fileno()).st_size
 
     def _wait_until_up(self, wait_s: float) -> None:
         give_up = time.monotonic() + wait_s

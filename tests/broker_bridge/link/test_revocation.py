@@ -87,6 +87,22 @@ def test_a_broker_that_has_only_begun_to_listen_is_not_ended_by_a_reload(pki, tm
         assert broker.is_running
 
 
+def test_a_broker_whose_log_was_emptied_or_put_aside_still_reads_its_files_again(tmp_path):
+    """As logrotate does, with `copytruncate` and without."""
+    text = "user mosquitto\nlistener 8883\nallow_anonymous true\n"
+    with LocalBroker(tmp_path, port=free_port(), engine="mosquitto", conf_text=text) as broker:
+        broker.reload()
+        broker.log_path.write_bytes(b"")
+        broker.reload()
+        aside = broker.log_path.rename(tmp_path / "broker.log.1")
+        broker.log_path.write_bytes(b"")
+        broker.reload()
+        broker.log_path.unlink()
+        broker.reload()
+        assert broker.is_running
+        assert aside.read_bytes().count(b"Reloading config") >= 3
+
+
 def test_a_device_that_is_connected_is_mute_and_deaf_at_once(door, come_in):
     """mosquitto looks at a certificate once, so its list alone cuts nobody off: the rules do."""
     server = subscribed(come_in("midge-server"), "midge/v1/#", echo=f"{FED}/up/0/echo/x")
