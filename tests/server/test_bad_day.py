@@ -43,6 +43,27 @@ def test_a_fleet_of_another_user_is_not_touched_and_he_is_named(home, command):
     assert sorted(home.folder.rglob("*")) == before
 
 
+@pytest.mark.parametrize("command", ["init", "restore"])
+def test_no_fleet_is_made_in_a_folder_of_another_user_where_no_command_could_use_it(
+    home, tmp_path, command
+):
+    """The root of a volume in a container, for example: anybody may write, root owns it."""
+    backup, folder, owner = tmp_path / "fleet.backup", tmp_path / "volume", "nobody"
+    passphrase = tmp_path / "passphrase"
+    passphrase.write_text("a long enough passphrase")
+    said = ("--passphrase-file", str(passphrase))
+    assert typed(main, "backup", str(backup), "--dir", str(home.folder), *said).returncode == 0
+    folder.mkdir()
+    if os.geteuid():
+        folder, owner = Path("/"), "root"
+    else:
+        os.chown(folder, 65534, -1)
+    arguments = [str(folder)] if command == "init" else [str(backup), str(folder), *said]
+    done = typed(main, command, *arguments)
+    is_refusal(done, f"{folder} belongs to the user {owner}", f"{folder / 'fleet'} for example")
+    assert not (folder / "keys").exists()
+
+
 def test_a_folder_that_lost_its_settings_is_not_called_empty(home):
     (home.folder / "midge.toml").unlink()
     is_refusal(midge(home, "status"), "has keys and no midge.toml", "put that file back")
@@ -122,7 +143,12 @@ def test_a_server_that_restarts_with_another_task_of_that_name_says_so_and_loses
     shutil.copy(OTHER_TASK, path)
     refused = fleet.midge("server")
     refused.stderr = refused.stderr.splitlines()[-1] + "\n"  # its log is there, too
-    is_refusal(refused, "'wearables' was changed while run 1 was open", "put the old file back", "midge stop --without-server")
+    is_refusal(
+        refused,
+        "'wearables' was changed while run 1 was open",
+        "put the old file back",
+        "midge stop --without-server",
+    )
     shutil.copy(TASK, path)
     fleet.start_server()
     assert fleet.status()["run"]["id"] == 1
