@@ -32,6 +32,7 @@ from broker_bridge.disk import (
 )
 from broker_bridge.errors import LocalError
 from broker_bridge.wire.envelope import random_bytes
+from server.fleet.finding import check_place
 from server.fleet.home import Home
 from server.fleet.sealed_file import Cost, Reader, Writer
 from server.old_copy import abandon_open, floor_above
@@ -218,8 +219,7 @@ def restore(path: Path, folder: Path, passphrase: str, *, now: float, above: int
     `above`: a round number that devices have seen, for a machine whose clock is wrong.
     Raises LocalError; then the folder is as empty as it was.
     """
-    if folder.exists() and any(folder.iterdir()):
-        raise LocalError(f"{folder} is not empty; choose a new folder, nothing was changed")
+    check_place(folder)
     with disk_errors(path), path.open("rb") as file:
         reader = Reader(file, passphrase, name=str(path))
         try:

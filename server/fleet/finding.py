@@ -8,7 +8,7 @@ from pathlib import Path
 from broker_bridge.disk import disk_errors
 from broker_bridge.errors import LocalError
 
-__all__ = ["check_fleet"]
+__all__ = ["check_fleet", "check_place"]
 
 
 def check_fleet(folder: Path) -> None:
@@ -26,21 +26,40 @@ def check_fleet(folder: Path) -> None:
             )
 
 
+def check_place(folder: Path) -> None:
+    """Raise LocalError unless a fleet can be made in `folder`: new or empty, and ours."""
+    with disk_errors(folder):
+        owner = _other_owner(folder)
+        if owner is not None:
+            raise LocalError(
+                f"{folder} belongs to the user {owner}, who alone could use a fleet there; choose "
+                f"a new folder, {folder / 'fleet'} for example, or run this as that user"
+            )
+        if folder.exists() and any(folder.iterdir()):
+            raise LocalError(f"{folder} is not empty; choose a new folder, nothing was changed")
+
+
 def _check_ours(folder: Path) -> None:
     """Its secrets are for its owner alone. Whoever else may write there, as root may, would leave
     files behind that the server cannot read.
     """
+    owner = _other_owner(folder)
+    if owner is not None:
+        raise LocalError(
+            f"{folder} belongs to the user {owner}, and so do its secrets; run this as that user: "
+            f"`sudo -u {shlex.quote(owner)} midge …`"
+        )
+
+
+def _other_owner(folder: Path) -> str | None:
+    """The name of the user whose folder this is; None if it is ours, or not there."""
     owner = folder.stat().st_uid if folder.exists() else os.geteuid()
     if owner == os.geteuid():
-        return
+        return None
     try:
-        name = pwd.getpwuid(owner).pw_name
+        return pwd.getpwuid(owner).pw_name
     except KeyError:
-        name = f"#{owner}"
-    raise LocalError(
-        f"{folder} belongs to the user {name}, and so do its secrets; run this as that user: "
-        f"`sudo -u {shlex.quote(name)} midge …`"
-    )
+        return f"#{owner}"
 
 
 def _no_fleet(folder: Path) -> LocalError:

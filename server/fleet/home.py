@@ -36,7 +36,7 @@ from broker_bridge.wire.topics import OPERATOR, SERVER, is_name
 from server.config import EXAMPLE, ServerConfig
 from server.fleet.authority import Authority, Issued
 from server.fleet.certificates import read_certificate, read_key, write_private, write_public
-from server.fleet.finding import check_fleet
+from server.fleet.finding import check_fleet, check_place
 from server.fleet.keys import ServerKeys, new_keys
 from server.fleet.machines import MADE_AGAIN, ca_fault, check_usable, read_if_there
 from server.fleet.roster import Roster, read_roster, write_roster
@@ -209,8 +209,7 @@ def create(folder: Path, *, federation: str, hosts: list[str], port: int) -> Hom
         raise LocalError(
             f"{federation!r} cannot name a federation: use a-z, 0-9 and - (at most 40 characters)"
         )
-    if folder.exists() and any(folder.iterdir()):
-        raise LocalError(f"{folder} is not empty; choose a new folder, nothing was changed")
+    check_place(folder)
     names = ("offline", "keys", "ca", "broker", "server", "operator", "bundles", "tasks", "state")
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
