@@ -41,6 +41,7 @@ from server.fleet.authority import CLIENT_DAYS, Authority, Issued, check_device_
 from server.fleet.certificates import CertificateFacts, read_certificate
 from server.fleet.home import Home
 from server.fleet.keys import ServerKeys
+from server.fleet.roster import Roster
 from server.store.database import Database
 from server.store.rows import Certificate, Device, Token
 
@@ -175,6 +176,14 @@ class Registrar:
     clock: Callable[[], float]
     random: Callable[[int], bytes] = random_bytes
 
+    def keys(self) -> ServerKeys:
+        """The server's keys. Raises PeerError while they cannot be read: rounds go on."""
+        return _or_later(self.home.keys, "no_keys")
+
+    def roster(self) -> Roster:
+        """Who was revoked. Raises PeerError while that cannot be read: rounds go on."""
+        return _or_later(self.home.roster, "no_roster")
+
     def answer(self, device: str, payload: bytes) -> bytes:
         """The signed answer to an `Enrol` that came in on the topic of `device`.
 
@@ -184,7 +193,7 @@ class Registrar:
         enrol: Enrol = messages.decode(payload, Enrol)
         if enrol.device != device:
             raise PeerError("other_device", "an enrolment on another device's topic")
-        keys = self.home.keys()
+        keys = self.keys()
         with self.db.reading() as tx:
             token = tx.token(device)
         if token is None:
@@ -212,7 +221,7 @@ class Registrar:
             keys_since=now,
         )
         mine = (new.sign_public, new.kem_public, new.tls_public)
-        if self.home.roster().has_revoked(mine):
+        if self.roster().has_revoked(mine):
             raise _revoked(contact.device)
         with self.db.transaction() as tx:
             present = tx.device(contact.device)
@@ -250,7 +259,7 @@ class Registrar:
             raise PeerError("suspended_device", f"the device {device.name!r} is suspended")
 
     def _welcome(self, contact: Contact, device: Device) -> Welcome:
-        keys = self.home.keys()
+        keys = self.keys()
         pem, until = self.certificate_for(device)
         configured = self.configured(device, pem, until)
         return enrolment.welcome(
@@ -263,7 +272,7 @@ class Registrar:
 
     def configured(self, device: Device, pem: str, until: int) -> Configured:
         """What is sealed for a member: the newest fleet key, and that of the open round."""
-        keys = self.home.keys()
+        keys = self.keys()
         with self.db.reading() as tx:
             this = tx.current_round()
         former = None
@@ -302,13 +311,13 @@ class Registrar:
         return new.pem, int(new.until)
 
 
-def _or_later(read: Callable[[], _T]) -> _T:
-    """What is read of the CA. While it cannot be, a device waits, and rounds go on."""
+def _or_later(read: Callable[[], _T], reason: str = "no_ca") -> _T:
+    """What is read of the CA or the keys. While it cannot be, a device waits, and rounds go on."""
     try:
         return read()
     except LocalError as error:
         log.error("no device can be certified: %s", error)
-        raise PeerError("no_ca", "the server cannot certify anybody now; ask who runs it") from None
+        raise PeerError(reason, "the server cannot certify anybody now; ask who runs it") from None
 
 
 def ends_soon(until: float, now: float) -> bool:

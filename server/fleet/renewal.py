@@ -44,7 +44,7 @@ class Renewals:
         Raises PeerError for what deserves no answer.
         """
         office = self.registrar
-        keys, roster = office.home.keys(), office.home.roster()
+        keys, roster = office.keys(), office.roster()
         with office.db.reading() as tx:
             device = tx.device(name)
         if device is None:
@@ -74,7 +74,7 @@ class Renewals:
             tls_public=keys.tls_public, keys_since=self.registrar.clock(), wanted="",
         )  # fmt: skip
         mine = (new.sign_public, new.kem_public, new.tls_public)
-        if self.registrar.home.roster().has_revoked(mine):
+        if self.registrar.roster().has_revoked(mine):
             raise PeerError("revoked_device", "these keys were revoked once")
         with self.registrar.db.transaction() as tx:
             present = tx.device(device.name)
@@ -85,7 +85,7 @@ class Renewals:
         return new
 
     def _welcome(self, contact: Contact, device: Device, said: Renew) -> Welcome:
-        office, keys = self.registrar, self.registrar.home.keys()
+        office, keys = self.registrar, self.registrar.keys()
         pem, until = "", int(device.certified_until)
         if self._needs_certificate(device, said):
             try:
@@ -117,10 +117,13 @@ class Renewals:
             return None
         if now_s - self._asked.get(device.name, -_ASK_AGAIN_S) < _ASK_AGAIN_S:
             return None
+        try:
+            keys = self.registrar.keys()
+        except PeerError:  # it is in the log; the device is asked later
+            return None
         if len(self._asked) >= _ASKED_MAX:
             self._asked.clear()
         self._asked[device.name] = now_s
-        keys = self.registrar.home.keys()
         request = Renewal(
             sign_public=device.sign_public,
             certified_until=int(device.certified_until),

@@ -99,6 +99,25 @@ def test_a_roster_that_cannot_be_read_ends_no_server(arena, caplog):
     assert arena.status()["phase"] == "open"
 
 
+@pytest.mark.parametrize("name", ["roster.json", "server.json"])
+def test_keys_that_cannot_be_read_end_no_server_when_a_device_asks_for_something(
+    arena, caplog, name
+):
+    """Not even a signature was looked at: anybody in the fleet could have ended it."""
+    identity = arena.enrol("new")
+    with arena.ledger.db.transaction() as tx:
+        tx.set_device_wanted("b", "rotate")
+    (arena.home.folder / "keys" / name).write_bytes(b"neither keys nor a roster")
+    arena.a.say("renew", b"anything")
+    stranger = arena.broker.connect("new")
+    forged = Enrol(device="new", kem_public=b"k" * 32, enc=b"e" * 32, sealed=b"s" * 99)
+    stranger.publish(TOPICS.up(0, identity.device, "enrol"), messages.encode(forged))
+    arena.b.show("idle")
+    arena.settle()
+    assert name in caplog.text
+    assert arena.status()["phase"] == "open"
+
+
 def test_a_start_of_an_unknown_task_says_which_there_are(world):
     reply = world.tell(cmd="start", task="nonsense")
     assert not reply["ok"]
