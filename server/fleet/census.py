@@ -89,7 +89,7 @@ def census(db: Database, *, status: DeviceStatus | None = None) -> list[Entry]:
 
 def _seen(device: Device, number: int, at: float | None) -> Device:
     """The device, with what its row will say of the open round."""
-    if at is None or at < (device.last_seen or 0.0):
+    if at is None or (at < (device.last_seen or 0.0) and not device.last_round):
         return device
     return replace(device, last_seen=at, last_round=number)
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from functools import cache
 
 from msgspec import structs
-from sqlalchemy import BindParameter, bindparam, func, insert, literal_column, select, update
+from sqlalchemy import BindParameter, bindparam, func, insert, literal_column, or_, select, update
 
 from broker_bridge.errors import PeerError
 from server.store import schema
@@ -153,6 +153,8 @@ class ReceiptQueries(Queries):
         at = select(r.at).where(*mine, r.device == d.name).scalar_subquery()
         query = update(schema.devices).where(
             d.name.in_(devices or select(r.device).where(*mine)),
-            func.coalesce(d.last_seen, 0.0) <= at,  # it may have enrolled anew since
+            # It may have enrolled anew since; one that took part before did not, and is noted
+            # also when this machine's clock was set back.
+            or_(func.coalesce(d.last_seen, 0.0) <= at, d.last_round > 0),
         )
         self._sql.execute(query.values(last_seen=at, last_round=number))

@@ -630,6 +630,17 @@ def test_a_device_that_enrolled_anew_since_its_update_was_seen_then(tx: Transact
     assert tx.device("pi-1") == anew
 
 
+def test_a_device_is_seen_also_after_the_clock_of_this_machine_was_set_back(
+    tx: Transaction,
+) -> None:
+    tx.device_seen("pi-1", 5000.0, round=1)
+    tx.abandon_round(1, closed_at=5000.0, summary_json="{}")
+    tx.open_round(replace(ROUND, number=2))
+    tx.add_accepted([structs.replace(RECEIPT, round=2, status="accepted", at=7.0)])
+    tx.abandon_round(2, closed_at=9.0, summary_json="{}")
+    assert tx.device("pi-1") == replace(DEVICE, last_seen=7.0, last_round=2)
+
+
 def test_a_device_whose_update_was_withdrawn_was_seen_all_the_same(tx: Transaction) -> None:
     other = structs.replace(RECEIPT, upload=b"other", device="pi-2", status="accepted")
     tx.add_accepted([structs.replace(RECEIPT, status="accepted", at=7.0), other])
