@@ -11,7 +11,7 @@ import os
 import struct
 from pathlib import Path
 
-from broker_bridge.disk import REAL_DISK, Disk, disk_errors, make_folder, write_atomic
+from broker_bridge.disk import REAL_DISK, Disk, disk_errors, make_folder, sync_folder, write_atomic
 from broker_bridge.errors import LocalError, PeerError
 from broker_bridge.limits import LIMITS
 from broker_bridge.wire import messages
@@ -55,9 +55,14 @@ class Outbox:
         self._init, self._start = init, _PREFIX.size + len(head)
 
     def load(self) -> Init | None:
-        """The commit of the update that is kept, or None. A damaged one is thrown away."""
+        """The commit of the update that is kept, or None. A damaged one is thrown away.
+
+        It survives when this returns, also where an earlier process failed to sync it.
+        """
         try:
             self._init, self._start = self._look() or (None, 0)
+            if self._init is not None:
+                sync_folder(self._path.parent, disk=self._disk)
         except DamagedOutboxError as error:
             # Its round is trained again, under a new key.
             log.warning("%s; it is thrown away, and trained again if its round is open", error)

@@ -1,6 +1,10 @@
 """The sealed update on disk: whole or not there, and the same bytes every time."""
 
+import errno
+import os
+import random
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +14,7 @@ from broker_bridge.wire.envelope import ChunkKey
 from broker_bridge.wire.messages import Init
 from broker_bridge.wire.update import SealedUpdate
 from device_client.outbox import DamagedOutboxError, Outbox
+from tests.simulation.disk import SimulatedDisk
 
 MESSAGE = bytes(range(256)) * 20
 
@@ -133,3 +138,30 @@ def test_neither_key_nor_plaintext_is_on_the_disk(tmp_path):
     assert b"this-is-the-key" not in data
     assert bytes(range(32)) not in data
     assert path.stat().st_mode & 0o077 == 0
+
+
+def test_an_update_that_an_earlier_process_could_not_sync_is_not_lost_once_it_was_found():
+    """The card refused to sync the folder once. The next process found the update and would have
+    sent it; after a power cut there was none."""
+    failing, folder = [], Path("/device/outbox")
+
+    def strike(where, _name):
+        if where == "fsync" and failing:
+            failing.pop()()
+
+    def refuse():
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    init, sealed = update()
+    for seed in range(20):
+        disk = SimulatedDisk(random.Random(seed), strike)
+        disk.mkdir(folder)
+        disk.sync_all()
+        # The folder's name is synced, and the file; the file's name is not.
+        failing[:] = [refuse, lambda: None, lambda: None]
+        with pytest.raises(LocalError, match="check it, and replace the card"):
+            Outbox(folder, disk=disk).put(init, sealed)
+        disk.kill()
+        found = Outbox(folder, disk=disk).load()
+        disk.power_cut()
+        assert Outbox(folder, disk=disk).load() == found == init
