@@ -106,6 +106,9 @@ class GatheringClient(mqtt.Client):
         if self.takes_plain and self._in_packet["command"] == 0 and not self._leave_to_paho():
             raise BlockingIOError
         start, self._unread_at = self._unread_at, min(self._unread_at + bufsize, len(self._unread))
+        if self._in_packet["command"] == self._unread[start] == 0:
+            # To paho a 0 says that no packet has begun: what follows would be read out of step.
+            raise ConnectionAbortedError(f"{TRESPASS} a packet of no kind")
         return self._unread[start : self._unread_at]
 
     def _leave_to_paho(self) -> bool:

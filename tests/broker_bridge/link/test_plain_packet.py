@@ -215,7 +215,10 @@ def kinds(protocol):
             bytes.fromhex("4003000110"),  # no matching subscribers
             bytes.fromhex("400400038000"),
         ]
-    wrong = [b"\x40\x01\x01", b"\x36\x05\0\x01a\0\x09", b"\xf0\x00", b"\x32\xff\xff\xff\xff\x01"]
+    wrong = [
+        b"\x40\x01\x01", b"\x36\x05\0\x01a\0\x09", b"\xf0\x00", b"\x32\xff\xff\xff\xff\x01",
+        b"\0" + plain[0], b"\0\0" + acks[0],
+    ]  # fmt: skip
     return plain + acks, others, wrong
 
 
@@ -281,6 +284,15 @@ def test_a_broker_that_trespasses_is_hung_up_on_before_it_is_given_memory(trespa
     assert len(peer.this.client._in_packet["packet"]) == 0
     assert "it sent" in peer.this.errors.text
     assert peer.messages() == [("a", b"x")] * bool(plain_before)
+
+
+@VERSIONS
+def test_a_packet_of_no_kind_ends_the_connection_and_nothing_after_it_is_read(protocol):
+    """Kind 0 is forbidden (MQTT 5.0, 2.1.2). What came after it was read, and in one way only."""
+    good = publish("a", b"x", protocol=protocol)
+    for pieces in ([good + b"\0" + good], [good, b"\0", good]):
+        outcome = in_both_ways(pieces, protocol=protocol)
+        assert (payloads(outcome), outcome[1]) == ([b"x"], True)
 
 
 def test_an_end_in_the_middle_of_a_packet_is_an_end():
