@@ -103,8 +103,8 @@ class QueuedLink:
             yield
             return
         self._turn.release()
-        self._let_go()
         try:
+            self._let_go()
             yield
         finally:
             self._turn.acquire()
