@@ -8,33 +8,12 @@ import pytest
 from broker_bridge.errors import LocalError, PeerError
 from server import members as module
 from server.fleet import expulsion
-from server.fleet.home import create
 from server.members import Members, check_member
 from server.store.database import Database
 from server.store.rows import Device
 from tests.fleets import enrol_by_hand
 
 NAMES = ("ann", "bob")
-
-
-class Moment:
-    """A clock that a test turns."""
-
-    def __init__(self):
-        self.s = 0.0
-
-    def __call__(self):
-        return self.s
-
-
-@pytest.fixture
-def clock():
-    return Moment()
-
-
-@pytest.fixture
-def home(tmp_path):
-    return create(tmp_path / "fleet", federation="demo", hosts=["localhost"], port=1)
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ import pytest
 
 from broker_bridge.errors import PeerError
 from server.config import ServerConfig
-from server.fleet.home import create
 from server.ledger import Ledger
 from server.rejects import Rejects
 from tests.fleets import TOPICS
@@ -16,24 +15,8 @@ from tests.fleets import TOPICS
 TOPIC = TOPICS.up(0, "ann", "join")
 
 
-class Moment:
-    """A clock that a test turns."""
-
-    def __init__(self):
-        self.s = 0.0
-
-    def __call__(self):
-        return self.s
-
-
 @pytest.fixture
-def clock():
-    return Moment()
-
-
-@pytest.fixture
-def ledger(tmp_path):
-    home = create(tmp_path / "fleet", federation="demo", hosts=["localhost"], port=1)
+def ledger(home):
     with closing(Ledger(home, ServerConfig(), clock=lambda: 1.79e9)) as made:
         yield made
 
