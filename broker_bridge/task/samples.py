@@ -92,6 +92,12 @@ def check_samples(task: Task, samples: Samples) -> Samples:
         raise LocalError("the data has no samples: a device needs at least one to train")
     if weights is not None and not weights.any():
         raise LocalError("sample_weight is 0 in every row: nothing would be learned from this data")
+    _check_ranges(task, inputs, labels)
+    return Samples(inputs, labels, weights, checked_for=task)
+
+
+def _check_ranges(task: Task, inputs: tuple[Array, ...], labels: Array) -> None:
+    """Refuse what the graph would take without an error, and learn nonsense or NaN from."""
     for spec, array, within in zip(task.inputs, inputs, task.input_ranges, strict=False):
         if within is not None:
             low, high = within
@@ -109,7 +115,6 @@ def check_samples(task: Task, samples: Samples) -> Samples:
             "the labels (y)",
             f"is outside {low:g} … {high:g}, the range of the task {task.name!r}",
         )
-    return Samples(inputs, labels, weights, checked_for=task)
 
 
 def part_size(count: int, part: Part) -> int:
