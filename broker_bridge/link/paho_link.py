@@ -20,7 +20,7 @@ from broker_bridge.link.tls import TlsFiles, client_context
 
 __all__ = ["PahoLink"]
 
-_PATIENCE_S = 0.2  # so long the owner may keep us from the network at a time
+_PATIENCE_S = 0.2  # so long the owner may keep us from the network
 
 _Selector = getattr(selectors, "PollSelector", selectors.SelectSelector)
 
@@ -34,6 +34,7 @@ class PahoLink(PahoSession):
         self._wake_read.setblocking(False)
         self._wake_write.setblocking(False)
         self._poked = False
+        self._patience_s = _PATIENCE_S
         self._thread = threading.Thread(target=self._run, name="midge-link", daemon=True)
 
     @classmethod
@@ -140,11 +141,13 @@ class PahoLink(PahoSession):
             undelivered = reading and this.has_unread
             wait_s = 0.0 if undelivered else self._wait_s(this, time.monotonic())
             events = {key.fileobj: mask for key, mask in selector.select(wait_s)}
-            if self._wake_read in events:
+            was_poked = self._wake_read in events
+            if was_poked:
                 self._wake_read.recv(4096)
-                self._poked = False  # before the queues are looked at: no poke gets lost
             ready = events.get(sock, 0)
             with self._our_turn():
+                if was_poked:
+                    self._poked = False  # before the queues are looked at: no poke gets lost
                 self._work(
                     this,
                     readable=bool(ready & selectors.EVENT_READ) or undelivered,
@@ -154,7 +157,8 @@ class PahoLink(PahoSession):
     @contextmanager
     def _our_turn(self) -> Iterator[None]:
         """After what the owner does together; not long after, for the broker must hear of us."""
-        is_ours = self._turn.acquire(timeout=_PATIENCE_S)
+        is_ours = self._turn.acquire(timeout=self._patience_s)
+        self._patience_s = _PATIENCE_S if is_ours else 0.0  # lost once for each long step
         try:
             yield
         finally:

@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from broker_bridge.errors import LinkError
@@ -79,7 +79,6 @@ class QueuedLink:
         # that both want Python's lock hand it on, by a system call, several times for a message.
         self._turn = threading.Lock()
         self._is_together = False  # the owner's alone
-        self._waits = False
 
     def _poke(self) -> None:
         """The owner queued something: have the network half look at the queues."""
@@ -94,7 +93,6 @@ class QueuedLink:
                 yield
             finally:
                 self._is_together = False
-        self._let_go()
 
     @contextmanager
     def apart(self) -> Iterator[None]:
@@ -104,21 +102,16 @@ class QueuedLink:
             return
         self._turn.release()
         try:
-            self._let_go()
             yield
         finally:
             self._turn.acquire()
 
-    def _queued(self) -> None:
-        """A publish or an acknowledgement waits for the network half."""
-        self._waits = True
-        if not self._is_together:
-            self._let_go()
-
-    def _let_go(self) -> None:
-        if self._waits:
-            self._waits = False
-            self._poke()
+    def _wait(self, for_what: Callable[[], bool], timeout_s: float) -> None:
+        """The owner waits for the network, which has the turn meanwhile."""
+        if timeout_s <= 0 or for_what():
+            return
+        with self.apart(), self._changed:
+            self._changed.wait_for(for_what, timeout_s)
 
     @property
     def limits(self) -> LinkLimits:
@@ -154,13 +147,12 @@ class QueuedLink:
                 )
             self._outgoing.append(Message(topic, payload, retain))
             self._outgoing_bytes += len(topic) + len(payload)
-        self._queued()
+        self._poke()
 
     def flush(self, timeout_s: float) -> bool:
         """Wait until the broker has acknowledged every publish; say whether it did."""
-        self._let_go()
+        self._wait(lambda: self._all_sent() or self._crash is not None, timeout_s)
         with self._changed:
-            self._changed.wait_for(lambda: self._all_sent() or self._crash is not None, timeout_s)
             self._raise_crash()
             return self._all_sent()
 
@@ -193,8 +185,8 @@ class QueuedLink:
         Changes come before messages. Several changes that nobody looked at become one:
         the present state, with `resumed` false if the session was lost on the way.
         """
+        self._wait(self._something_to_tell, timeout_s)
         with self._changed:
-            self._changed.wait_for(self._something_to_tell, timeout_s)
             self._raise_crash()
             if self._woken:
                 self._woken = False
@@ -225,7 +217,7 @@ class QueuedLink:
         if message.token == 0:
             return  # QoS 0: nothing to acknowledge
         self._acks.append(message.token)  # in one step, so without the lock
-        self._queued()
+        self._poke()
 
     def close(self) -> None:
         """Send what is queued if the broker is there (a second at most), say goodbye, and stop."""

@@ -31,7 +31,7 @@ NATS = """\
 server_name: midge
 listen: "127.0.0.1:{client_port}"
 jetstream {{ store_dir: "{folder}" }}
-mqtt {{ listen: "127.0.0.1:{port}", ack_wait: "1s" }}
+mqtt {{ listen: "127.0.0.1:{port}", ack_wait: "3s" }}
 """
 
 _names = itertools.count()

@@ -100,6 +100,18 @@ def take(link, count, *, ack=True):
     return got
 
 
+def take_without_copies(link, count, before=()):
+    """Payloads until there are `count` different ones, those of `before` among them.
+
+    A broker may send again what was not acknowledged for a while, as a slow machine's is not.
+    """
+    got = dict.fromkeys(before)
+    while len(got) < count:
+        (message,) = take(link, 1)
+        got.setdefault(message.payload)
+    return list(got)
+
+
 def topics_of(link, count):
     """Those of the next `count` messages, and of what comes behind them."""
     return {message.topic for message in [*take(link, count), *drain(link)]}
@@ -141,7 +153,7 @@ def test_messages_of_one_publisher_keep_their_order_while_the_line_is_good(engin
     reader, writer = listening(engine, topic), connected(engine)
     for i in range(200):
         writer.publish(topic, b"%d" % i)
-    assert [int(m.payload) for m in take(reader, 200)] == list(range(200))
+    assert take_without_copies(reader, 200) == [b"%d" % i for i in range(200)]
 
 
 def test_a_plus_stands_for_one_level_and_a_hash_for_the_rest(engine):
@@ -212,7 +224,7 @@ def test_a_session_keeps_what_came_while_its_owner_was_away(engine):
     event = back.receive(GIVE_UP_S)
     assert isinstance(event, Connected)
     assert event.resumed
-    assert {int(m.payload) for m in take(back, 50)} == set(range(50))
+    assert set(take_without_copies(back, 50)) == {b"%d" % i for i in range(50)}
 
 
 def test_a_client_without_a_session_leaves_nothing_behind(engine):
@@ -257,7 +269,7 @@ def test_an_acknowledgement_from_an_earlier_connection_does_no_harm(engine):
     wait_until(reader, Connected)
     reader.ack(old)
     writer.publish(topic, b"second")
-    assert {m.payload for m in take(reader, 2)} == {b"first", b"second"}
+    assert set(take_without_copies(reader, 2)) == {b"first", b"second"}
     reader.ack(old)
     writer.publish(topic, b"third")
     assert [m.payload for m in take(reader, 1)] == [b"third"]
@@ -319,38 +331,39 @@ def test_flush_waits_for_the_broker_and_gives_the_room_back(engine):
     assert link.room() == link.limits.inflight_max
 
 
-def test_what_is_published_together_goes_out_at_the_end_at_the_latest(engine):
+def test_what_is_published_together_goes_out_at_its_end(engine):
     heard = listening(engine, "together/#")
     link = connected(engine)
     with link.together():
         for number in range(3):
-            link.publish(f"together/{number}", b"x")
-    got = take(heard, 3)
-    assert [each.topic for each in got] == [f"together/{number}" for number in range(3)]
+            link.publish(f"together/{number}", b"%d" % number)
+    assert take_without_copies(heard, 3) == [b"0", b"1", b"2"]
 
 
-def test_more_than_a_few_do_not_wait_for_each_other_and_a_flush_waits_for_none(engine):
+def test_while_much_is_done_together_the_network_goes_on_and_so_does_a_flush(engine):
     heard = listening(engine, "many/#")
     link = connected(engine)
     with link.together():
         for number in range(40):
-            link.publish(f"many/{number}", b"x")
-        assert len(take(heard, 10)) == 10
+            link.publish(f"many/{number}", b"%d" % number)
+        early = take_without_copies(heard, 10)
         assert link.flush(GIVE_UP_S)
-    assert len(take(heard, 30)) == 30
+    all_of_them = take_without_copies(heard, 40, before=early)
+    assert set(all_of_them) == {b"%d" % number for number in range(40)}
 
 
 def test_many_small_and_large_messages_at_once_come_whole_and_in_order(engine):
     """Whatever the pieces are in which they are written and read."""
     heard = listening(engine, "sizes")
     link = connected(engine)
-    payloads = [bytes([n % 251]) * size for n, size in enumerate([1, 5_000, 0, 60_000, 17, 2] * 9)]
+    sizes = [0, *[1, 5_000, 3, 60_000, 17, 2] * 9]
+    payloads = [bytes([number]) * size for number, size in enumerate(sizes)]
     with link.together():
         for each in payloads:
             while not link.room():
                 link.flush(0.01)
             link.publish("sizes", each)
-    assert [each.payload for each in take(heard, len(payloads))] == payloads
+    assert take_without_copies(heard, len(payloads)) == payloads
 
 
 def test_without_a_connection_there_is_no_room_and_flush_says_so(engine):
@@ -421,7 +434,7 @@ def test_what_was_published_before_close_is_sent(engine):
     for i in range(100):
         writer.publish(topic, b"%d" % i)
     writer.close()
-    assert len(take(reader, 100)) == 100
+    assert len(take_without_copies(reader, 100)) == 100
 
 
 def test_a_second_client_with_the_same_name_takes_over(engine):

@@ -9,6 +9,7 @@ from broker_bridge.link.memory_link import MemoryBroker
 from tests.broker_bridge.link.reading import GIVE_UP_S, messages_until, subscribed
 
 FED = "midge/v1/demo"
+BEFORE_THE_NETWORK_LOOKS_BY_ITSELF_S = 10.0  # which it does every 15 s
 
 
 @pytest.fixture
@@ -58,6 +59,15 @@ def test_an_owner_that_stays_together_is_heard_and_hears_all_the_same(pair):
         owner.publish(f"{FED}/from/owner", b"yes")
         assert owner.flush(GIVE_UP_S)
     assert messages_until(other, b"yes") == []
+
+
+def test_what_is_said_in_a_long_step_does_not_wait_for_its_end(pair):
+    owner, other = pair
+    with owner.together():
+        owner.publish(f"{FED}/from/owner", b"meanwhile")
+        event = other.receive(BEFORE_THE_NETWORK_LOOKS_BY_ITSELF_S)
+        assert event is not None
+        assert event.payload == b"meanwhile"
 
 
 def test_while_the_owner_waits_for_something_else_the_network_goes_on(pair):
