@@ -3,8 +3,8 @@
 paho reads a packet in three or four pieces and writes each packet by itself: over TLS that
 is a record, a segment and a wake-up of the broker for every acknowledgement of four bytes.
 Here it reads from what one call brought, and what it writes gathers until `flush`.
-The two packets that come by the thousand (`plain_packet.py`) never reach paho, unless it
-is not the paho that was tried. docs/decisions/0131 and 0134 have the figures.
+The two packets that come and go by the thousand (`plain_packet.py`) never reach paho, unless
+it is not the paho that was tried. docs/decisions/0131 and 0134 have the figures.
 """
 
 import ssl
@@ -13,11 +13,15 @@ from typing import Any, Protocol
 
 import paho.mqtt
 import paho.mqtt.client as mqtt
-from paho.mqtt.packettypes import PacketTypes
-from paho.mqtt.properties import Properties
-from paho.mqtt.reasoncodes import ReasonCode
 
-from broker_bridge.link.plain_packet import acknowledged_in, extent_of, is_plain, message_in
+from broker_bridge.link.plain_packet import (
+    acknowledged_in,
+    acknowledgement,
+    extent_of,
+    head_of,
+    is_plain,
+    message_in,
+)
 from broker_bridge.link.queued_link import MIB
 
 __all__ = ["RECEIVED_PACKET_BYTES_MAX", "TRESPASS", "GatheringClient", "Taker"]
@@ -26,9 +30,8 @@ RECEIVED_PACKET_BYTES_MAX = 1 * MIB
 TRESPASS = "it sent"  # begins what a broker did that no broker may
 _READ_BYTES = 64 * 1024
 _GATHERED_BYTES_MAX = 64 * 1024  # and one packet
-_TRIED = "2.2."  # of paho; another reads every packet itself
-_SUCCESS = ReasonCode(PacketTypes.PUBACK)
-_NO_PROPERTIES = Properties(PacketTypes.PUBACK)  # type: ignore[no-untyped-call]
+_TRIED = "2.2."  # of paho; another reads and writes every packet itself
+_OURS = mqtt.MQTTMessage()  # stands among those paho waits for an answer for, if a refusal comes
 
 
 class Taker(Protocol):
@@ -39,6 +42,9 @@ class Taker(Protocol):
 
     def take(self, topic: str, payload: bytes, *, retained: bool, packet_id: int) -> None:
         """A message of QoS 1 came."""
+
+    def answered(self, packet_id: int, *, refusal: str | None) -> None:
+        """The broker answered a publish."""
 
 
 class GatheringClient(mqtt.Client):
@@ -69,6 +75,32 @@ class GatheringClient(mqtt.Client):
     def want_write(self) -> bool:
         """Whether there is something to write."""
         return bool(self._gathered) or super().want_write()
+
+    def send(self, topic: str, payload: bytes, *, retained: bool) -> int | None:
+        """Publish with QoS 1; return the packet id that will be answered for.
+
+        None if too much waits to be written: nothing was sent, `want_write` is true.
+        """
+        if not self.takes_plain:
+            return self.publish(topic, payload, 1, retained).mid
+        if not self._has_room():
+            return None
+        while (packet_id := self._mid_generate()) in self._out_messages:
+            pass  # numbers come round again, and one answer may be long in coming
+        name, v5 = topic.encode(), self._protocol == mqtt.MQTTv5
+        self._gathered += head_of(name, packet_id, len(payload), retained=retained, v5=v5)
+        self._gathered += payload
+        self._out_messages[packet_id] = _OURS
+        self._last_msg_out = time.monotonic()  # for paho's keep-alive
+        return packet_id
+
+    def acknowledge(self, packet_id: int) -> None:
+        """Tell the broker that this message of QoS 1 needs no redelivery."""
+        if self.takes_plain and self._has_room():
+            self._gathered += acknowledgement(packet_id)
+            self._last_msg_out = time.monotonic()
+        else:  # paho keeps what does not go now
+            self.ack(packet_id, 1)
 
     def flush(self) -> None:
         """Write what has gathered, as far as the socket takes it."""
@@ -136,8 +168,8 @@ class GatheringClient(mqtt.Client):
             packet_id = acknowledged_in(self._unread, begin, end)
             if packet_id is None:
                 return False
-            if packet_id in self._out_messages:
-                self._do_on_publish(packet_id, _SUCCESS, _NO_PROPERTIES)
+            if self._out_messages.pop(packet_id, None) is not None:
+                self._taker.answered(packet_id, refusal=None)
             return True
         found = message_in(self._unread, begin, end, v5=self._protocol == mqtt.MQTTv5)
         if found is None:
@@ -147,12 +179,16 @@ class GatheringClient(mqtt.Client):
         return True
 
     def _sock_send(self, buf: bytes | bytearray) -> int:
-        if len(self._gathered) >= _GATHERED_BYTES_MAX:
-            self.flush()
-            if len(self._gathered) >= _GATHERED_BYTES_MAX:
-                raise BlockingIOError
+        if not self._has_room():
+            raise BlockingIOError
         self._gathered += buf
         return len(buf)
+
+    def _has_room(self) -> bool:
+        """Whether one more packet may gather; writes, if that helps."""
+        if len(self._gathered) >= _GATHERED_BYTES_MAX:
+            self.flush()
+        return len(self._gathered) < _GATHERED_BYTES_MAX
 
     def _sock_close(self) -> None:
         self.flush()  # the goodbye

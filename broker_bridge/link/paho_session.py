@@ -397,8 +397,8 @@ class PahoSession(QueuedLink):
         """
         if not self._connected:
             return
-        for packet_id in self._take_acks():
-            client.ack(packet_id, 1)
+        for taken in self._take_acks():
+            client.acknowledge(taken)
         if self._to_unsubscribe or self._to_subscribe:
             self._ask_for_topics(client)
         if not self._outgoing:
@@ -406,12 +406,16 @@ class PahoSession(QueuedLink):
         handed_bytes = 0
         while self._outgoing and self._may_publish(time.monotonic()):
             message = self._outgoing[0]
+            size = len(message.topic) + len(message.payload)
             if self._fits(message):
-                sent = client.publish(message.topic, message.payload, 1, message.retained)
-                self._inflight[sent.mid] = message
-                self.bytes_sent += len(message.topic) + len(message.payload)
+                packet_id = client.send(message.topic, message.payload, retained=message.retained)
+                if packet_id is None:
+                    break  # more than enough waits to be written
+                self._inflight[packet_id] = message
+                self.bytes_sent += size
+                self._keep_pace()
             self._outgoing.popleft()
-            handed_bytes += len(message.topic) + len(message.payload)
+            handed_bytes += size
         with self._changed:
             self._outgoing_bytes -= handed_bytes
             if self._all_sent():  # the last was refused here; nobody waits for less
@@ -429,12 +433,13 @@ class PahoSession(QueuedLink):
             self._to_subscribe.clear()
 
     def _may_publish(self, now: float) -> bool:
-        """Whether window and pace let one more publish go; if so, it is counted."""
-        if len(self._inflight) >= self._limits.inflight_max or now < self._next_publish_s:
-            return False
+        """Whether window and pace let one more publish go."""
+        return len(self._inflight) < self._limits.inflight_max and now >= self._next_publish_s
+
+    def _keep_pace(self) -> None:
+        """A publish went; the next one may go a little later."""
         if self._settings.publishes_per_s:
-            self._next_publish_s = now + 1 / self._settings.publishes_per_s
-        return True
+            self._next_publish_s = time.monotonic() + 1 / self._settings.publishes_per_s
 
     def _fits(self, message: Message) -> bool:
         """Whether the broker we have *now* takes the packet: another may have been smaller."""
@@ -512,7 +517,7 @@ class PahoSession(QueuedLink):
     def _on_publish(
         self, _client: Any, _userdata: Any, packet_id: int, reason: ReasonCode, _properties: Any
     ) -> None:
-        self._acknowledged(packet_id, refusal=str(reason) if reason.is_failure else None)
+        self.answered(packet_id, refusal=str(reason) if reason.is_failure else None)
 
     def _on_subscribe(
         self,

@@ -1,12 +1,12 @@
-"""The two packets that are nearly all of what a link hears, read where they lie.
+"""The two packets that are nearly all of what a link says and hears, written and read.
 
 A message of QoS 1 without properties, and an acknowledgement without a reason (MQTT 5.0 and
-3.1.1, sections 3.3 and 3.4). Promises to say nothing of any other packet, be it
+3.1.1, sections 3.3 and 3.4). Reading promises to say nothing of any other packet, be it
 malformed, of another kind, or not here in full: the MQTT library reads that one, as it
 would have read all. docs/decisions/0134 says what this saves.
 """
 
-__all__ = ["acknowledged_in", "extent_of", "is_plain", "message_in"]
+__all__ = ["acknowledged_in", "acknowledgement", "extent_of", "head_of", "is_plain", "message_in"]
 
 _MESSAGES = (0x32, 0x33, 0x3A, 0x3B)  # QoS 1; the other bits: retained, sent before
 _ACKNOWLEDGEMENT = 0x40
@@ -51,3 +51,24 @@ def message_in(data: bytes, begin: int, end: int, *, v5: bool) -> tuple[str, int
 def acknowledged_in(data: bytes, begin: int, end: int) -> int | None:
     """The packet id of the PUBACK with this body; None if it says more than that."""
     return data[begin] << 8 | data[begin + 1] if end - begin == 2 else None
+
+
+def head_of(topic: bytes, packet_id: int, payload_bytes: int, *, retained: bool, v5: bool) -> bytes:
+    """What comes before the payload in the PUBLISH of such a message."""
+    length = 2 + len(topic) + 2 + v5 + payload_bytes
+    head = bytearray([0x33 if retained else 0x32])
+    while length > 0x7F:
+        head.append(length & 0x7F | 0x80)
+        length >>= 7
+    head.append(length)
+    head += len(topic).to_bytes(2, "big")
+    head += topic
+    head += packet_id.to_bytes(2, "big")
+    if v5:
+        head.append(0)  # no properties
+    return bytes(head)
+
+
+def acknowledgement(packet_id: int) -> bytes:
+    """The PUBACK of a message that was taken."""
+    return b"\x40\x02" + packet_id.to_bytes(2, "big")

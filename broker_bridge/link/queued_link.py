@@ -290,7 +290,7 @@ class QueuedLink:
             and self._inbox_bytes + self._arrived_bytes < self._receive_queue_bytes_max
         )
 
-    def _acknowledged(self, packet_id: int, *, refusal: str | None) -> None:
+    def answered(self, packet_id: int, *, refusal: str | None) -> None:
         """The broker answered a publish. It counts from `_hand_in` on."""
         self._answered.append((packet_id, refusal))
 

@@ -14,7 +14,14 @@ from broker_bridge.limits import LIMITS
 from broker_bridge.link.base import Connected, Message
 from broker_bridge.link.paho_client import RECEIVED_PACKET_BYTES_MAX
 from broker_bridge.link.paho_session import SessionSettings
-from broker_bridge.link.plain_packet import acknowledged_in, extent_of, is_plain, message_in
+from broker_bridge.link.plain_packet import (
+    acknowledged_in,
+    acknowledgement,
+    extent_of,
+    head_of,
+    is_plain,
+    message_in,
+)
 from tests.fuzz.answering import Driven, listener
 
 CONNACK = {"5.0": "2003000000", "3.1.1": "20020000"}
@@ -68,6 +75,28 @@ def read(data, *, v5=True):
 def test_a_message_is_read_as_it_was_written(topic, payload, packet_id, protocol):
     data = publish(topic, payload, packet_id=packet_id, protocol=protocol)
     assert read(data, v5=protocol == "5.0") == (topic, packet_id, payload)
+
+
+@given(
+    topic=st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=60),
+    size=st.sampled_from([0, 1, 113, 114, 130, 16_370, 16_383, 65_000, 2_097_151, 2_097_152]),
+    packet_id=st.integers(1, 65_535),
+    retained=st.booleans(),
+    v5=st.booleans(),
+)
+def test_a_message_is_written_as_it_is_read(topic, size, packet_id, retained, v5):
+    name, payload = topic.encode(), bytes(size)
+    data = head_of(name, packet_id, size, retained=retained, v5=v5) + payload
+    protocol, command = "5.0" if v5 else "3.1.1", 0x32 | retained
+    assert data == publish(topic, payload, packet_id=packet_id, command=command, protocol=protocol)
+
+
+def test_frozen_packets_are_written():
+    data = head_of(b"a/b", 9, 2, retained=False, v5=True) + b"ho"
+    assert data == bytes.fromhex("320a0003612f62000900686f")
+    data = head_of(b"a/b", 9, 2, retained=True, v5=False) + b"ho"
+    assert data == bytes.fromhex("33090003612f620009686f")
+    assert acknowledgement(0xABCD) == bytes.fromhex("4002abcd")
 
 
 def test_frozen_packets_are_read():
@@ -328,3 +357,66 @@ def test_a_read_of_large_messages_stops_where_the_queue_is_full():
             assert isinstance(peer.link.receive(0), Message)
         peer.work()
     assert peer.messages() == []
+
+
+# ── What a session says ─────────────────────────────────────────────────────────────────
+
+
+def written_by(*, plain, protocol, publishes):
+    """Every byte that a session writes for these publishes and for what it acknowledges."""
+    peer = Peer(protocol=protocol, plain=plain)
+    peer.hear(publish("heard", b"x", packet_id=77, protocol=protocol))
+    assert isinstance(peer.link.receive(0), Connected)
+    peer.link.ack(peer.link.receive(0))
+    for topic, payload, retain in publishes:
+        peer.link.publish(topic, payload, retain=retain)
+    peer.link._prepare(peer.this)
+    peer.link._end(peer.this)
+    with peer.socket, peer.socket.makefile("rb") as file:
+        return file.read()
+
+
+@VERSIONS
+def test_nobody_can_tell_who_wrote_a_packet(protocol):
+    publishes = [
+        (topic, bytes(size), size % 2 == 0)
+        for topic, size in [("a", 0), ("a/é", 1), ("a" * 100, 20), ("b", 200), ("c", 20_000)]
+    ]
+    ours, paho = (
+        written_by(plain=plain, protocol=protocol, publishes=publishes) for plain in (True, False)
+    )
+    assert ours == paho
+    assert acknowledgement(77) in ours
+    assert ours.count(bytes(20_000)) == 1
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_a_peer_that_reads_nothing_holds_up_what_is_said_and_loses_none_of_it(plain):
+    payloads = [bytes([number]) * 60_000 for number in range(20)]
+    peer = Peer(plain=plain)
+    peer.this.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+    for each in payloads:
+        peer.link.publish("a", each)
+    read = bytearray()
+    peer.socket.setblocking(False)
+    while payloads[-1] not in read:
+        peer.link._prepare(peer.this)
+        assert len(peer.this.client._gathered) < 2 * 65_536
+        peer.link._work(peer.this, readable=False, writable=True)
+        try:
+            read += peer.socket.recv(1 << 16)
+        except BlockingIOError:
+            select.select([peer.socket], [], [], 0.05)
+    at = [read.find(each) for each in payloads]
+    assert min(at) > 0
+    assert at == sorted(at)
+
+
+def test_a_packet_id_that_is_still_waited_for_is_not_given_to_another():
+    peer = Peer(publishes=1)
+    (first,) = peer.link._inflight
+    peer.this.client._last_mid = 65_535  # which comes before 1, the first
+    peer.link.publish("mine", b"another")
+    peer.link._prepare(peer.this)
+    assert len(peer.link._inflight) == 2
+    assert first in peer.link._inflight
