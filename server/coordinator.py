@@ -199,6 +199,8 @@ class Coordinator:
         Raises PeerError for what a peer should not have sent; nothing has changed then.
         """
         match event:
+            case Begun() | Chunk() | Accepted() | Refused():  # first, for they come by the thousand
+                return self._progressed(event)
             case Tick(now_s):
                 self._now_s = max(self._now_s, now_s)
                 return self._tick()
@@ -230,8 +232,6 @@ class Coordinator:
                 return self._joined(event)
             case Inited():
                 return self._inited(event)
-            case Begun() | Chunk() | Accepted() | Refused():
-                return self._progressed(event)
             case Closed(version, server_evaluates):
                 return self._closed(version, server_evaluates)
             case Evaluated(version, examples, metrics):
@@ -380,12 +380,12 @@ class Coordinator:
         if this is None:
             return []
         match event:
-            case Begun(upload, missing):
-                return this.begun(upload, missing)
             case Chunk(upload, still_missing):
                 return this.chunk(upload, still_missing)
             case Accepted(upload):
                 effects = this.accepted(upload)
+            case Begun(upload, missing):
+                return this.begun(upload, missing)
             case Refused():
                 effects = this.refused(event, now_s=self._now_s)
         return effects + self._close_if_reached(this) if effects else []

@@ -119,8 +119,8 @@ class Intake:
         if incoming is None or incoming.device != device:
             raise PeerError("unasked_upload", f"{device} sent a chunk that nobody asked for")
         incoming.layout.check(header, chunk)
-        body = open_chunk(chunk, incoming.key)
-        if self._spool.put(header.transfer, header.index, chunk):
+        body = header.open_(chunk, incoming.key)
+        if self._spool.put(header, chunk):
             self._remember(incoming, header.index, body, chunk[-AEAD_TAG_BYTES:])
         return header.transfer, self._spool.lacks(header.transfer)
 
@@ -178,7 +178,7 @@ class Intake:
 
     def _at_hand(self, incoming: _Incoming) -> bytes | None:
         """The update, if every chunk of it is still in memory as it was opened."""
-        count = incoming.init.layout.count
+        count = incoming.layout.count
         if len(incoming.opened) < count:
             return None
         opened = [incoming.opened[index] for index in range(count)]
@@ -191,7 +191,7 @@ class Intake:
         init = incoming.init
         bodies: list[bytes] = []
         torn: list[int] = []
-        chunks = list(self._spool.chunks(init.upload, init.layout))
+        chunks = list(self._spool.chunks(init.upload, incoming.layout))
         for index, chunk in enumerate(chunks):
             try:
                 bodies.append(open_chunk(chunk, incoming.key))

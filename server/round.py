@@ -77,7 +77,7 @@ class Round:
     @property
     def reached(self) -> bool:
         """Whether the target is reached and no update is between disk and sum."""
-        return self.count("accepted") >= self.target and not self.count("accepting")
+        return self._counts["accepted"] >= self.target and not self._counts["accepting"]
 
     @property
     def places(self) -> int:

@@ -53,6 +53,10 @@ class ChunkHeader(msgspec.Struct, frozen=True):
         """Return the 24 bytes that go before the ciphertext."""
         return _HEADER.pack(_MAGIC, _VERSION, 0, self.transfer, self.index, self.count, 0)
 
+    def open_(self, chunk: bytes, key: ChunkKey) -> bytes:
+        """Return the body of the chunk that this is the header of. Raises PeerError `bad_seal`."""
+        return key.open_(self.index, chunk[_HEADER.size :], chunk[: _HEADER.size])
+
 
 def chunk_header(chunk: bytes) -> ChunkHeader:
     """Read a chunk's header. Raises PeerError `bad_chunk`."""
@@ -117,9 +121,8 @@ def seal_chunks(
 
 
 def open_chunk(chunk: bytes, key: ChunkKey) -> bytes:
-    """Return a chunk's body. Raises PeerError `bad_seal`."""
-    header = chunk_header(chunk)
-    return key.open_(header.index, chunk[_HEADER.size :], chunk[: _HEADER.size])
+    """Return a chunk's body. Raises PeerError `bad_chunk` or `bad_seal`."""
+    return chunk_header(chunk).open_(chunk, key)
 
 
 def tags_digest(chunks: Iterable[bytes]) -> bytes:
@@ -149,7 +152,7 @@ class Reassembler:
             raise PeerError("other_transfer", "a chunk of another transfer")
         self.layout.check(header, chunk)
         if header.index not in self._bodies:  # MQTT may deliver twice: the first true one stays
-            self._bodies[header.index] = open_chunk(chunk, self._key)
+            self._bodies[header.index] = header.open_(chunk, self._key)
         return self.complete
 
     @property

@@ -14,6 +14,7 @@ index of a retained chunk, which is what retains it.
 
 import re
 from dataclasses import dataclass
+from functools import cached_property
 
 from broker_bridge.errors import PeerError
 from broker_bridge.limits import LIMITS
@@ -84,8 +85,12 @@ class Topics:
         if not is_name(self.federation):
             raise ValueError(f"not a federation name: {self.federation!r}")
 
+    @cached_property
+    def _prefix(self) -> str:
+        return f"{_ROOT}/{self.federation}/"
+
     def _at(self, *levels: str) -> str:
-        return "/".join((_ROOT, self.federation, *levels))
+        return self._prefix + "/".join(levels)
 
     @property
     def ctl(self) -> str:
@@ -165,10 +170,9 @@ class Topics:
 
         Raises PeerError `bad_topic` for anything that this federation does not speak.
         """
-        prefix = self._at("")
-        if not topic.startswith(prefix):
+        if not topic.startswith(self._prefix):
             raise PeerError("bad_topic", "a topic of another federation")
-        match topic[len(prefix) :].split("/"):
+        match topic[len(self._prefix) :].split("/"):
             case ["up", shard, device, kind] if kind in UP_KINDS and is_name(device):
                 return UpTopic(_index(shard), device, kind)
             case ["down", device, kind] if kind in DOWN_KINDS and is_name(device):

@@ -1,6 +1,7 @@
 """`midge server`: put the parts of a server together and let it serve."""
 
 import contextlib
+import gc
 import shutil
 import time
 from collections.abc import Iterator
@@ -37,6 +38,8 @@ from server.service import Service
 from server.store.database import Database
 
 __all__ = ["serve", "server_command"]
+
+_COLLECT_AFTER = 20_000  # objects more than before; an update makes a few dozen for a moment
 
 
 @click.command("server")
@@ -108,6 +111,8 @@ def serve(home: Home, config: ServerConfig, ledger: Ledger, stopped: Any) -> Non
         link, ledger, coordinator, registrar, evaluation_npz=config.evaluation.npz,
         quotas=Quotas(shares),
     )  # fmt: skip
+    gc.freeze()  # what was loaded by now stays, and need not be gone through again and again
+    gc.set_threshold(_COLLECT_AFTER)
     try:
         service.run(Supervisor().watched(stopped, lambda: coordinator.detail))
     finally:

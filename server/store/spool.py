@@ -37,6 +37,7 @@ from broker_bridge.errors import LocalError, PeerError
 from broker_bridge.wire.chunks import (
     CHUNK_OVERHEAD_BYTES,
     TRANSFER_ID_BYTES,
+    ChunkHeader,
     Layout,
     chunk_header,
 )
@@ -120,16 +121,14 @@ class Spool:
         self._bytes += held.file_bytes - self._found.pop(upload, 0)
         self._held[upload] = held
 
-    def put(self, upload: bytes, index: int, chunk: bytes) -> bool:
-        """Keep one sealed chunk; False when it is there already, which changes nothing.
+    def put(self, header: ChunkHeader, chunk: bytes) -> bool:
+        """Keep a sealed chunk with this header; False when it is there already: nothing changes.
 
-        Not yet durable: see `sync`. Raises PeerError `bad_chunk` or `other_transfer` when the
-        chunk does not belong there, DiskFullError or LocalError when the disk refuses it.
+        Not yet durable: see `sync`. Raises PeerError `bad_chunk` when the chunk does not fit its
+        upload, DiskFullError or LocalError when the disk refuses it.
         """
+        upload, index = header.transfer, header.index
         held = self._held[upload]
-        header = chunk_header(chunk)
-        if header.transfer != upload or header.index != index:
-            raise PeerError("other_transfer", "a chunk of another transfer or place")
         held.layout.check(header, chunk)
         if index in held.present:
             return False

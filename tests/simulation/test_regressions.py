@@ -104,8 +104,8 @@ def test_updates_of_a_closed_round_stay_gone_after_a_power_cut() -> None:
         disk.mkdir(Path("/state"))
         spool = Spool(Path("/state/spool"), disk=disk)
         spool.begin(UPLOAD, LAYOUT)
-        for index, chunk in enumerate(sealed()):
-            spool.put(UPLOAD, index, chunk)
+        for chunk in sealed():
+            spool.put(chunk_header(chunk), chunk)
         spool.sync([UPLOAD])
         spool.clear()
         disk.power_cut()

@@ -24,7 +24,7 @@ import pytest
 
 from broker_bridge.disk import write_atomic
 from broker_bridge.wire import weights
-from broker_bridge.wire.chunks import Layout, open_chunk, seal_chunks
+from broker_bridge.wire.chunks import Layout, chunk_header, open_chunk, seal_chunks
 from broker_bridge.wire.envelope import ChunkKey, sha256
 from server.aggregation.exact import ExactSum
 from server.store.database import Database
@@ -206,7 +206,7 @@ def take_updates(db: Database, spool: Spool, promise: Callable[[bytes], None]) -
             _, layout, chunks = update_of(device)
             spool.begin(upload, layout)
             for index in spool.missing(upload):
-                spool.put(upload, index, chunks[index])
+                spool.put(chunk_header(chunks[index]), chunks[index])
         spool.sync(uploads)
         with db.transaction() as tx:
             for upload, device in uploads.items():

@@ -120,7 +120,7 @@ def test_the_spool_keeps_what_it_has_and_takes_the_rest_later(
     on_a_small_disk(
         tmp_path,
         """
-from broker_bridge.wire.chunks import Layout, seal_chunks
+from broker_bridge.wire.chunks import Layout, chunk_header, seal_chunks
 from broker_bridge.wire.envelope import ChunkKey
 from server.store.spool import Spool
 
@@ -134,16 +134,16 @@ one, two = b"upload-1", b"upload-2"
 first, second = chunks(one), chunks(two)
 spool.begin(one, layout)
 for index, chunk in enumerate(first):
-    spool.put(one, index, chunk)
+    spool.put(chunk_header(chunk), chunk)
 spool.sync([one])
 spool.begin(two, layout)
-spool.put(two, 0, second[0])
+spool.put(chunk_header(second[0]), second[0])
 fill()
-full(lambda: spool.put(two, 1, second[1]))
+full(lambda: spool.put(chunk_header(second[1]), second[1]))
 assert spool.complete(one) and 1 in spool.missing(two) and 0 not in spool.missing(two)
 make_room()
 for index in spool.missing(two):
-    assert spool.put(two, index, second[index])
+    assert spool.put(chunk_header(second[index]), second[index])
 spool.sync([two])
 spool.close()
 again = Spool(disk / "spool")

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from broker_bridge.disk import RealDisk
 from broker_bridge.errors import LocalError
-from broker_bridge.wire.chunks import CHUNK_OVERHEAD_BYTES, Layout, seal_chunks
+from broker_bridge.wire.chunks import CHUNK_OVERHEAD_BYTES, Layout, chunk_header, seal_chunks
 from broker_bridge.wire.envelope import ChunkKey
 from server.store.spool import Spool
 
@@ -40,8 +40,8 @@ def filled(folder: Path, count: int = 3) -> Spool:
 
 def put(spool: Spool, upload: bytes, layout: Layout = LAYOUT) -> None:
     spool.begin(upload, layout)
-    for index, chunk in enumerate(sealed(upload, layout)):
-        spool.put(upload, index, chunk)
+    for chunk in sealed(upload, layout):
+        spool.put(chunk_header(chunk), chunk)
 
 
 def names(folder: Path) -> list[str]:
@@ -74,7 +74,7 @@ def test_chunks_of_many_in_any_order_with_drops_and_restarts_anywhere(
             there.pop(upload, None)
             continue
         spool.begin(upload, LAYOUT)
-        spool.put(upload, index, sealed(upload)[index])
+        spool.put(chunk_header(sealed(upload)[index]), sealed(upload)[index])
         there.setdefault(upload, set()).add(index)
         assert spool.uploads() == set(there)
         assert [each in spool for each in map(name, range(4))] == [
@@ -85,7 +85,7 @@ def test_chunks_of_many_in_any_order_with_drops_and_restarts_anywhere(
     assert spool.bytes_held == len(there) * (9_500 + LAYOUT.count * CHUNK_OVERHEAD_BYTES)
     for upload in there:
         for index in spool.missing(upload):
-            spool.put(upload, index, sealed(upload)[index])
+            spool.put(chunk_header(sealed(upload)[index]), sealed(upload)[index])
         assert list(spool.chunks(upload, LAYOUT)) == sealed(upload)
     spool.close()
 

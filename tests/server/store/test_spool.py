@@ -13,6 +13,7 @@ from broker_bridge.wire.chunks import (
     CHUNK_OVERHEAD_BYTES,
     ChunkHeader,
     Layout,
+    chunk_header,
     open_chunk,
     seal_chunks,
 )
@@ -53,6 +54,10 @@ def reopened(spool: Spool) -> Spool:
     return again
 
 
+def put(spool: Spool, chunk: bytes) -> bool:
+    return spool.put(chunk_header(chunk), chunk)
+
+
 # ── One upload ──────────────────────────────────────────────────────────────────────────
 
 
@@ -64,7 +69,7 @@ def test_chunks_in_any_order_with_restarts_anywhere(
     spool.begin(UPLOAD, LAYOUT)
     there: set[int] = set()
     for number, index in enumerate(order):
-        assert spool.put(UPLOAD, index, CHUNKS[index]) == (index not in there)
+        assert put(spool, CHUNKS[index]) == (index not in there)
         there.add(index)
         if number in restarts:
             spool.close()
@@ -74,7 +79,7 @@ def test_chunks_in_any_order_with_restarts_anywhere(
         assert spool.complete(UPLOAD) == (len(there) == LAYOUT.count)
         assert spool.present(UPLOAD, LAYOUT) == there
     for index in spool.missing(UPLOAD):
-        spool.put(UPLOAD, index, CHUNKS[index])
+        put(spool, CHUNKS[index])
     assert list(spool.chunks(UPLOAD, LAYOUT)) == CHUNKS
     spool.close()
 
@@ -88,7 +93,7 @@ def test_every_layout_is_kept_byte_for_byte(
     spool = Spool(tmp_path_factory.mktemp("spool"))
     spool.begin(UPLOAD, layout)
     for index in reversed(range(layout.count)):
-        spool.put(UPLOAD, index, chunks[index])
+        put(spool, chunks[index])
     assert list(spool.chunks(UPLOAD, layout)) == chunks
     assert spool.bytes_held == sum(map(len, chunks)) == spool._path(UPLOAD).stat().st_size
     spool.close()
@@ -96,15 +101,15 @@ def test_every_layout_is_kept_byte_for_byte(
 
 def test_a_chunk_that_is_there_is_never_overwritten(spool: Spool) -> None:
     forged = CHUNKS[3][:-1] + b"!"
-    assert spool.put(UPLOAD, 3, CHUNKS[3])
-    assert not spool.put(UPLOAD, 3, forged)
+    assert put(spool, CHUNKS[3])
+    assert not put(spool, forged)
     again = reopened(spool)
-    assert not again.put(UPLOAD, 3, forged)
+    assert not put(again, forged)
     assert list(again.chunks(UPLOAD, LAYOUT))[3] == CHUNKS[3]
 
 
 def test_to_begin_again_changes_nothing(spool: Spool) -> None:
-    spool.put(UPLOAD, 0, CHUNKS[0])
+    put(spool, CHUNKS[0])
     before = spool.bytes_held
     spool.begin(UPLOAD, LAYOUT)
     assert spool.missing(UPLOAD) == list(range(1, LAYOUT.count))
@@ -115,24 +120,22 @@ def test_to_begin_again_changes_nothing(spool: Spool) -> None:
 
 
 FORGED = {
-    "of another upload": (0, sealed(b"upload-2")[0]),
-    "at another place": (1, CHUNKS[0]),
-    "of another count": (0, sealed(layout=Layout(1050, 100))[0]),
-    "too long": (0, CHUNKS[0] + b"x"),
-    "too short": (0, CHUNKS[0][:-1]),
-    "cut to its header": (0, CHUNKS[0][:24]),
-    "empty": (0, b""),
-    "the last one, as long as the others": (9, ChunkHeader(UPLOAD, 9, 10).encode() + bytes(116)),
-    "no chunk": (0, b"\x00" * len(CHUNKS[0])),
-    "beyond the end": (10, ChunkHeader(UPLOAD, 10, 11).encode() + bytes(116)),
+    "of another count": sealed(layout=Layout(1050, 100))[0],
+    "too long": CHUNKS[0] + b"x",
+    "too short": CHUNKS[0][:-1],
+    "cut to its header": CHUNKS[0][:24],
+    "empty": b"",
+    "the last one, as long as the others": ChunkHeader(UPLOAD, 9, 10).encode() + bytes(116),
+    "no chunk": b"\x00" * len(CHUNKS[0]),
+    "beyond the end": ChunkHeader(UPLOAD, 10, 11).encode() + bytes(116),
 }
 
 
 @pytest.mark.parametrize("name", FORGED)
 def test_a_chunk_that_does_not_belong_there_is_not_written(spool: Spool, name: str) -> None:
-    index, chunk = FORGED[name]
+    chunk = FORGED[name]
     with pytest.raises(PeerError):
-        spool.put(UPLOAD, index, chunk)
+        put(spool, chunk)
     assert spool._path(UPLOAD).stat().st_size == 0
     assert spool.missing(UPLOAD) == list(range(LAYOUT.count))
 
@@ -141,8 +144,8 @@ def test_a_chunk_that_does_not_belong_there_is_not_written(spool: Spool, name: s
 
 
 def filled(spool: Spool) -> Spool:
-    for index, chunk in enumerate(CHUNKS):
-        spool.put(UPLOAD, index, chunk)
+    for chunk in CHUNKS:
+        put(spool, chunk)
     return spool
 
 
@@ -175,7 +178,7 @@ def test_a_torn_chunk_is_missing_or_found_out_and_then_asked_for(
         assert bad_ones(again) == [torn]
         again.forget(UPLOAD, torn)
     assert again.missing(UPLOAD) == [torn]
-    assert again.put(UPLOAD, torn, CHUNKS[torn])
+    assert put(again, CHUNKS[torn])
     assert bad_ones(again) == []
     assert list(again.chunks(UPLOAD, LAYOUT)) == CHUNKS
 
@@ -195,7 +198,7 @@ def test_a_forgotten_chunk_is_missing_after_a_restart_too(spool: Spool) -> None:
     assert spool.missing(UPLOAD) == [5]
     again = reopened(spool)
     assert again.missing(UPLOAD) == [5]
-    again.put(UPLOAD, 5, CHUNKS[5])
+    put(again, CHUNKS[5])
     assert list(again.chunks(UPLOAD, LAYOUT)) == CHUNKS
 
 
@@ -206,8 +209,8 @@ def test_chunks_of_another_layout_are_not_taken_for_this_one(spool: Spool) -> No
     again.begin(UPLOAD, other)
     assert again.missing(UPLOAD) == list(range(other.count))
     chunks = sealed(layout=other)
-    for index, chunk in enumerate(chunks):
-        again.put(UPLOAD, index, chunk)
+    for chunk in chunks:
+        put(again, chunk)
     assert list(again.chunks(UPLOAD, other)) == chunks
 
 
@@ -225,7 +228,7 @@ def test_more_uploads_than_open_files_are_kept_apart(folder: Path) -> None:
         spool.begin(upload, LAYOUT)
     for index in range(LAYOUT.count):
         for upload in uploads:
-            spool.put(upload, index, sealed(upload)[index])
+            put(spool, sealed(upload)[index])
     assert len(spool._handles) <= 64
     spool.sync(uploads)
     for upload in uploads:
@@ -246,7 +249,7 @@ def test_clear_keeps_what_it_is_told_to_of_both_processes(spool: Spool) -> None:
     one, two, three = names(3)
     for upload in (one, two):
         spool.begin(upload, LAYOUT)
-        spool.put(upload, 0, sealed(upload)[0])
+        put(spool, sealed(upload)[0])
     spool.close()
     again = Spool(spool.folder)
     again.begin(one, LAYOUT)
@@ -262,7 +265,7 @@ def test_clear_keeps_what_it_is_told_to_of_both_processes(spool: Spool) -> None:
 def test_what_is_held_is_counted_over_restarts(spool: Spool) -> None:
     whole = LAYOUT.total_bytes + LAYOUT.count * CHUNK_OVERHEAD_BYTES
     assert spool.bytes_held == whole
-    spool.put(UPLOAD, 0, CHUNKS[0])
+    put(spool, CHUNKS[0])
     spool.close()
     again = Spool(spool.folder)
     assert again.bytes_held == len(CHUNKS[0])
@@ -317,7 +320,7 @@ def test_a_sync_that_fails_promises_nothing_and_the_chunks_are_asked_for_again(
 ) -> None:
     kept = names(1)[0]
     spool.begin(kept, LAYOUT)
-    spool.put(kept, 0, sealed(kept)[0])
+    put(spool, sealed(kept)[0])
     filled(spool)
     # /dev/null takes every write, keeps nothing, and refuses to sync: a disk that lies.
     os.dup2(os.open("/dev/null", os.O_RDWR), spool._open(UPLOAD))
