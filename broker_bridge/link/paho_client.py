@@ -29,6 +29,7 @@ __all__ = ["RECEIVED_PACKET_BYTES_MAX", "TRESPASS", "GatheringClient", "Taker"]
 RECEIVED_PACKET_BYTES_MAX = 1 * MIB
 TRESPASS = "it sent"  # begins what a broker did that no broker may
 _READ_BYTES = 64 * 1024
+_RECORD_BYTES = 16 * 1024  # of TLS (RFC 8446, 5.1), which gives one at a time
 _GATHERED_BYTES_MAX = 64 * 1024  # and one packet
 _TRIED = "2.2."  # of paho; another reads and writes every packet itself
 _OURS = mqtt.MQTTMessage()  # stands among those paho waits for an answer for, if a refusal comes
@@ -48,7 +49,7 @@ class Taker(Protocol):
 
 
 class GatheringClient(mqtt.Client):
-    """A client for an owner who calls `loop_read`, `loop_write`, `loop_misc` and `flush`.
+    """A client for an owner who calls `read`, `loop_write`, `loop_misc` and `flush`.
 
     paho's own would take any packet, 256 MB long, and keep each one of QoS 2. CONNECT says
     that we take no more than `RECEIVED_PACKET_BYTES_MAX`, and every SUBSCRIBE asks for
@@ -62,6 +63,7 @@ class GatheringClient(mqtt.Client):
         self._unread_at = 0
         self.is_drained = False  # the last read left nothing in the socket
         self._is_cut = False  # the unread bytes are the beginning of one plain packet
+        self._error: OSError | None = None  # of a read, for paho to find
         self._gathered = bytearray()
         super().__init__(*arguments, **options)
 
@@ -117,6 +119,34 @@ class GatheringClient(mqtt.Client):
                 return
             del self._gathered[:sent]
 
+    def read(self) -> None:
+        """Take what one read brings: the plain packets here, whatever else there is paho."""
+        if self._sock is None:
+            return  # hung up on: what came after is not read
+        if self.takes_plain and self._in_packet["command"] == 0:
+            try:
+                if self._read_more() and not self._leave_to_paho():
+                    return
+            except BlockingIOError:
+                return
+            except OSError as error:
+                self._error = error
+        self.loop_read()
+
+    def _read_more(self) -> bool:
+        """Read, unless there is something unread already; False at the end of the stream."""
+        if self._unread_at < len(self._unread) and not self._is_cut:
+            return True
+        self.is_drained = True  # whatever else this read comes to
+        is_tls = isinstance(self._sock, ssl.SSLSocket)
+        more = super()._sock_recv(_RECORD_BYTES if is_tls else _READ_BYTES)
+        if not more:
+            return False
+        self.is_drained = len(more) < _READ_BYTES and not is_tls
+        self._unread, self._unread_at = self._unread[self._unread_at :] + more, 0
+        self._last_bytes_received = time.monotonic()  # for paho's keep-alive
+        return True
+
     # What follows paho calls.
 
     def _sock_recv(self, bufsize: int) -> bytes:
@@ -126,15 +156,10 @@ class GatheringClient(mqtt.Client):
             )
         if self._in_packet["command"] & 0xF6 == 0x34:
             raise ConnectionAbortedError(f"{TRESPASS} a message of QoS 2")
-        if self._is_cut or self._unread_at == len(self._unread):
-            self.is_drained = True  # whatever else this read comes to
-            more = super()._sock_recv(_READ_BYTES)
-            if not more:
-                return b""
-            # TLS gives one record at a time, however many have come.
-            self.is_drained = len(more) < _READ_BYTES and not isinstance(self._sock, ssl.SSLSocket)
-            self._unread, self._unread_at = self._unread[self._unread_at :] + more, 0
-            self._last_bytes_received = time.monotonic()  # for paho's keep-alive
+        if self._error is not None:
+            raise self._error
+        if not self._read_more():
+            return b""
         if self.takes_plain and self._in_packet["command"] == 0 and not self._leave_to_paho():
             raise BlockingIOError
         start, self._unread_at = self._unread_at, min(self._unread_at + bufsize, len(self._unread))

@@ -1,9 +1,10 @@
 """One MQTT session with one broker, step by step; whoever owns the thread does the waiting.
 
 Beside `paho_client.py` the only file that uses paho. Every connection gets a fresh client,
-called from one thread and nowhere else (paho's documented "external loop": loop_read,
-loop_write, loop_misc), so paho's locks, threads and reconnect logic play no part. What the
-broker had not acknowledged is handed to the next connection. docs/decisions/0030 says why.
+called from one thread and nowhere else (paho's documented "external loop": loop_read, behind
+our `read`, loop_write, loop_misc), so paho's locks, threads and reconnect logic play no part.
+What the broker had not acknowledged is handed to the next connection. docs/decisions/0030 says
+why.
 
 A session goes through `_begin`, `_dial`, then `_prepare` and `_work` for as long as
 `_goes_on`, and `_end`, which says how long to stay away. Only `_dial` blocks. `paho_link`
@@ -238,7 +239,7 @@ class PahoSession(QueuedLink):
             try:
                 # One read or one packet a call; what else is here is taken without another wait.
                 for _ in range(_READS_AT_ONCE):
-                    client.loop_read()
+                    client.read()
                     if not self.may_take() or (client.is_drained and not client.has_unread()):
                         break
             finally:

@@ -37,6 +37,7 @@ __all__ = [
     "SignKey",
     "blob_key",
     "client_id",
+    "domain",
     "exchange_from",
     "exchange_to",
     "fingerprint",
@@ -110,7 +111,7 @@ class SignKey:
 
     def sign(self, kind: str, payload: bytes) -> bytes:
         """Return signature ‖ payload. `kind` says what is signed, so that no other use fits."""
-        return self._key.sign(_domain(kind) + payload).signature + payload
+        return self._key.sign(domain(kind) + payload).signature + payload
 
     def __repr__(self) -> str:
         return f"SignKey({fingerprint(self.public)})"
@@ -122,13 +123,15 @@ def verify(public: bytes, kind: str, signed: bytes) -> bytes:
         raise PeerError("bad_signature", f"a {kind} message is cut short")
     signature, payload = signed[:SIGNATURE_BYTES], signed[SIGNATURE_BYTES:]
     try:
-        nacl.signing.VerifyKey(public).verify(_domain(kind) + payload, signature)
+        nacl.signing.VerifyKey(public).verify(domain(kind) + payload, signature)
     except (nacl.exceptions.CryptoError, RuntimeError, ValueError):
         raise PeerError("bad_signature", f"the signature of a {kind} message is wrong") from None
     return payload
 
 
-def _domain(kind: str) -> bytes:
+def domain(kind: str) -> bytes:
+    """What goes before a payload of this `kind` where it is signed: it ends in a zero byte, and
+    no kind has one, so no two pairs of kind and payload read alike."""
     return b"midge v1 " + kind.encode("ascii") + b"\x00"
 
 

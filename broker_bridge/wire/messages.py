@@ -7,6 +7,7 @@ A field that is not listed here, or a version that is not ours, is refused.
 Times called `_s` are durations. No message asks a device to believe a date.
 """
 
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
@@ -14,7 +15,7 @@ from msgspec import UNSET, Meta, UnsetType
 
 from broker_bridge.errors import PeerError
 from broker_bridge.limits import LIMITS
-from broker_bridge.wire import envelope
+from broker_bridge.wire import batch, envelope
 from broker_bridge.wire.chunks import Layout
 
 __all__ = [
@@ -52,6 +53,7 @@ __all__ = [
     "encode_json",
     "opened",
     "signed",
+    "signed_together",
 ]
 
 Bytes64 = Annotated[bytes, Meta(min_length=64, max_length=64)]
@@ -450,17 +452,32 @@ def _unreadable(error: Exception) -> PeerError:
     return PeerError(reason, text)
 
 
+_TOGETHER = frozenset({"ack"})  # kinds that are signed as `batch` does, also when there is one
+
+
 def signed(key: envelope.SignKey, kind: str, scope: str, message: msgspec.Struct) -> bytes:
     """Encode and sign a message of this `kind`, the last level of its topic.
 
     `scope` is the federation for what goes to everyone, and `federation/device` for what
     goes to or comes from one device: a message signed for one says nothing to another.
     """
+    if kind in _TOGETHER:
+        return signed_together(key, kind, [(scope, message)])[0]
     return key.sign(f"{kind} {scope}", encode(message))
+
+
+def signed_together(
+    key: envelope.SignKey, kind: str, said: Iterable[tuple[str, msgspec.Struct]]
+) -> list[bytes]:
+    """`signed` for many pairs of scope and message, in one go; of a kind that is signed so."""
+    if kind not in _TOGETHER:
+        raise ValueError(f"each {kind} has a signature of its own")
+    return batch.sign_together(key, [(f"{kind} {scope}", encode(each)) for scope, each in said])
 
 
 def opened(public: bytes, kind: str, scope: str, data: bytes, expected: Any) -> Any:
     """Verify, then decode. Raises PeerError `bad_signature`, `bad_message` or `bad_version`."""
     if len(data) > LIMITS.control_bytes_max:
         raise PeerError("too_large", "a message is larger than the protocol allows")
-    return decode(envelope.verify(public, f"{kind} {scope}", data), expected)
+    verify = batch.verify_one_of if kind in _TOGETHER else envelope.verify
+    return decode(verify(public, f"{kind} {scope}", data), expected)
