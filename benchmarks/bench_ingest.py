@@ -30,7 +30,7 @@ from benchmarks.machine import Spread, header, is_quick, table
 from broker_bridge.link.base import Message
 from broker_bridge.link.paho_link import PahoLink
 from broker_bridge.task.taskfile import decode_task, encode_task
-from broker_bridge.wire import messages, weights
+from broker_bridge.wire import batch, messages, weights
 from broker_bridge.wire.envelope import ChunkKey, KemKey, random_bytes, sha256, verify
 from broker_bridge.wire.messages import Ack, Announcement, Go, Init, Join, Need, Presence
 from broker_bridge.wire.topics import DownTopic
@@ -138,7 +138,9 @@ class Sender:
                 continue
             place = self.topics.parse(event.topic)
             assert isinstance(place, DownTopic)
-            kinds = {"go": Go, "need": Need, "ack": Ack}
+            if place.kind == "ack":
+                return place.device, messages.decode(batch.split(event.payload).payload, Ack)
+            kinds = {"go": Go, "need": Need}
             return place.device, messages.decode(event.payload[64:], kinds[place.kind])
         return None
 

@@ -95,6 +95,7 @@ class Service:
         )
         self._evaluator: Evaluator | None = None
         self._to_accept: list[ev.Accept] = []
+        self._receipts: list[tuple[str, Ack]] = []  # for whom; signed together
         self._results: queue.SimpleQueue[ev.Event] = queue.SimpleQueue()
         self._members = Members(ledger.db, registrar.home, clock=clock)
         self._rejects = Rejects(coordinator.rejects, ledger, clock=clock)
@@ -179,10 +180,13 @@ class Service:
         todo = deque(happened)
         while todo:
             todo.extend(self._carry_out(self._coordinator.step(todo.popleft())))
+        self._give_receipts()
 
     def _carry_out(self, effects: Iterable[ev.Effect]) -> list[ev.Event]:
         happened: list[ev.Event] = []
         for effect in effects:
+            if not _is_receipt(effect):
+                self._give_receipts()  # what is said or done next comes after them
             if self._postponed and isinstance(effect, _WRITES):
                 self._postponed.append(effect)  # in the order in which they were decided
                 continue
@@ -343,8 +347,7 @@ class Service:
 
     def _signed(self, device: str, kind: str, payload: bytes) -> list[ev.Event]:
         row = self._members.row(device)
-        scope = f"{self._coordinator.federation}/{device}"
-        said = messages.opened(row.sign_public, kind, scope, payload, _UP[kind])
+        said = messages.opened(row.sign_public, kind, self._scope(device), payload, _UP[kind])
         if row.status != "enrolled" and isinstance(said, Join):  # or it would ask again and again
             reason = f"the device {device!r} is {row.status}"
             self._send(device, Busy(round=said.round, retry_after_s=-1, reason=reason))
@@ -432,10 +435,25 @@ class Service:
         return []
 
     def _send(self, device: str, message: Go | Busy | Need | Ack) -> None:
-        kind = {"Go": "go", "Busy": "go", "Need": "need", "Ack": "ack"}[type(message).__name__]
-        scope = f"{self._coordinator.federation}/{device}"
-        signed = messages.signed(self._sign, kind, scope, message)
+        if isinstance(message, Ack):
+            self._receipts.append((device, message))
+            return
+        kind = "need" if isinstance(message, Need) else "go"
+        signed = messages.signed(self._sign, kind, self._scope(device), message)
         self._board.publish(self._topics.down(device, kind), signed)
+
+    def _give_receipts(self) -> None:
+        """Say those that came about together, under one signature (decision 0136)."""
+        if not self._receipts:
+            return
+        receipts, self._receipts = self._receipts, []
+        said = [(self._scope(device), receipt) for device, receipt in receipts]
+        signed = messages.signed_together(self._sign, "ack", said)
+        for (device, _), each in zip(receipts, signed, strict=True):
+            self._board.publish(self._topics.down(device, "ack"), each)
+
+    def _scope(self, device: str) -> str:
+        return f"{self._coordinator.federation}/{device}"
 
     def _begin_upload(self, device: str, init: Init) -> list[ev.Event]:
         try:
@@ -552,6 +570,10 @@ class Service:
             server_evaluates=self._evaluator is not None,
         )  # fmt: skip
         self._handle(self._carry_out(effects))
+
+
+def _is_receipt(effect: ev.Effect) -> bool:
+    return isinstance(effect, ev.Send) and isinstance(effect.message, Ack)
 
 
 def _how_to_command(error: PeerError) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 
 from broker_bridge.link.base import Message
 from broker_bridge.link.memory_link import MemoryBroker
+from broker_bridge.wire import batch
 from broker_bridge.wire.envelope import SignKey
 from broker_bridge.wire.topics import DeviceState, DownTopic, Topics, UpTopic
 
@@ -136,9 +137,12 @@ def hold(mallory: Mallory, message: Message) -> list[Message]:
 def forge(mallory: Mallory, message: Message) -> list[Message]:
     """What it says, signed by somebody else."""
     kind = message.topic.rsplit("/", 1)[-1]
-    said = message.payload[SIGNATURE_BYTES:]
     place = TOPICS.parse(message.topic)
     scope = f"{FEDERATION}/{place.device}" if isinstance(place, UpTopic | DownTopic) else FEDERATION
+    if kind == "ack":
+        said = batch.split(message.payload).payload
+        return [_with(message, batch.sign_together(OWN_KEY, [(f"{kind} {scope}", said)])[0])]
+    said = message.payload[SIGNATURE_BYTES:]
     return [_with(message, OWN_KEY.sign(f"{kind} {scope}", said))]
 
 

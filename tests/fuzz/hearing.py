@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from broker_bridge.link.base import Message
-from broker_bridge.wire import messages
+from broker_bridge.wire import batch, messages
 from broker_bridge.wire.envelope import sha256
 from device_client import identity as identities
 from device_client.agent import Agent
@@ -81,6 +81,8 @@ class Listening:
         if kind == "round":
             self.digest = sha256(data)
         scope = FEDERATION if kind == "round" else f"{FEDERATION}/ward-1"
+        if kind == "ack":
+            return batch.sign_together(keys.sign, [(f"{kind} {scope}", data)])[0]
         return keys.sign.sign(f"{kind} {scope}", data)
 
 

@@ -15,6 +15,7 @@ ALL = [
     Target("messages_binary", wire.messages_binary, wire.numbered(BINARY, messages.encode)),
     Target("messages_json", wire.messages_json, wire.numbered(JSON, messages.encode_json)),
     Target("signed", wire.signed, wire.signed_seeds),
+    Target("batch", wire.batches, wire.batch_seeds),
     Target("chunks", wire.chunks, wire.chunk_seeds),
     Target("update", wire.update, wire.update_seeds),
     Target("enrolment", wire.enrol, wire.enrol_seeds),

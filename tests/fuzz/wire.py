@@ -8,7 +8,7 @@ import numpy as np
 
 from broker_bridge.errors import PeerError
 from broker_bridge.limits import LIMITS
-from broker_bridge.wire import enrolment, messages, weights
+from broker_bridge.wire import batch, enrolment, messages, weights
 from broker_bridge.wire.chunks import (
     CHUNK_OVERHEAD_BYTES,
     ChunkHeader,
@@ -21,7 +21,7 @@ from broker_bridge.wire.chunks import (
     tags_digest,
 )
 from broker_bridge.wire.envelope import ChunkKey, KemKey, SignKey, exchange_to, seal_message
-from broker_bridge.wire.messages import Configured, Enrol, Renew, ServerIdentity, Welcome
+from broker_bridge.wire.messages import Ack, Configured, Enrol, Renew, ServerIdentity, Welcome
 from broker_bridge.wire.renewal import NONCE_BYTES, accept_keys, offer_keys
 from broker_bridge.wire.topics import DeviceState, DownTopic, UpTopic, is_name
 from broker_bridge.wire.update import Binding, open_update, seal_update, update_key
@@ -37,6 +37,8 @@ __all__ = [
     "JSON_KINDS",
     "SMALL",
     "TRANSFER",
+    "batch_seeds",
+    "batches",
     "chunk_seeds",
     "chunks",
     "enrol",
@@ -125,6 +127,33 @@ def signed_seeds() -> list[bytes]:
         for i, m in enumerate(BINARY[:4])
     ]
     return inside + outside
+
+
+def batches(data: bytes) -> None:
+    """A receipt of any bytes, one that was true before, and any bytes that the server signed."""
+    mode, rest = split(data, 3)
+    kind = f"ack {CONTACT.scope}"
+    if mode == 0:
+        parts = batch.split(rest)
+        assert parts.entry <= parts.last
+        assert rest.endswith(parts.payload)
+        assert len(rest) == 66 + 32 * len(parts.path) + len(parts.payload)
+    elif mode == 1:
+        batch.verify_one_of(SIGN.public, kind, rest)
+    else:
+        count = 1 + (rest[0] if rest else 0) % 70
+        said = [(kind if n == count // 2 else "ack demo/other", rest) for n in range(count)]
+        signed = batch.sign_together(SIGN, said)[count // 2]
+        messages.opened(SIGN.public, "ack", CONTACT.scope, signed, Ack)
+
+
+def batch_seeds() -> list[bytes]:
+    ack = Ack(round=1, upload=TRANSFER, status="accepted")
+    several = [(CONTACT.scope if n == 5 else f"demo/w-{n}", ack) for n in range(13)]
+    alone = messages.signed(SIGN, "ack", CONTACT.scope, ack)
+    one_of = messages.signed_together(SIGN, "ack", several)[5]
+    seeds = [bytes([mode]) + each for mode in (0, 1) for each in (alone, one_of)]
+    return [*seeds, b"\x02" + messages.encode(ack)]
 
 
 # ── Chunks and updates ──────────────────────────────────────────────────────────────────

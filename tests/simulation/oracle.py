@@ -12,7 +12,7 @@ import numpy as np
 
 from broker_bridge.link.base import Message
 from broker_bridge.task.taskfile import decode_task
-from broker_bridge.wire import messages, weights
+from broker_bridge.wire import batch, messages, weights
 from broker_bridge.wire.chunks import chunk_header
 from broker_bridge.wire.envelope import sha256
 from broker_bridge.wire.messages import Ack, Announcement, Busy, Go, Init, Join
@@ -81,7 +81,7 @@ class Oracle:
                 types: Any = Join if kind == "join" else Init
                 self._asked(device, messages.decode(message.payload[SIGNATURE_BYTES:], types))
             case DownTopic(device, "ack"):
-                ack: Ack = messages.decode(message.payload[SIGNATURE_BYTES:], Ack)
+                ack: Ack = messages.decode(batch.split(message.payload).payload, Ack)
                 self._tell(f"server tells {device}: {ack.status} {ack.upload.hex()} {ack.reason}")
                 if ack.status == "accepted":
                     self._promised.add((ack.round, device, ack.upload))
