@@ -14,7 +14,7 @@ import pytest
 from broker_bridge.link.base import LinkLimits, Message
 from broker_bridge.task.runtime import Evaluation
 from broker_bridge.task.taskfile import decode_task
-from broker_bridge.wire import messages, weights
+from broker_bridge.wire import batch, messages, weights
 from broker_bridge.wire.envelope import sha256, verify
 from broker_bridge.wire.messages import Ack
 from device_client.trainer import Trained
@@ -334,6 +334,46 @@ def test_a_forged_receipt_loses_no_update(besieged, status):
     besieged.endure()
     for name in DEVICES:
         assert list((besieged.folder / name / "outbox").iterdir())
+    besieged.finish()
+    assert [r.status for r in besieged.rounds()] == ["closed"] * ROUNDS
+    besieged.check()
+
+
+def made_of(receipts, said):
+    """What can be made of true receipts for others so that one of them may seem to say `said`."""
+    for receipt in receipts:
+        parts = batch.split(receipt)
+        path = b"".join(parts.path)
+        yield receipt
+        yield parts.signature + said
+        yield parts.signature + b"\0\0" + said
+        yield parts.signature + bytes([parts.entry // 2, parts.last // 2]) + path[32:] + said
+        for entry in range(len(receipts)):
+            for payload in (said, parts.payload):
+                yield parts.signature + bytes([entry, parts.last]) + path + payload
+
+
+@pytest.mark.parametrize("others", [("ann", "ben"), ("ann", "ben", "cat")])
+def test_a_true_receipt_is_no_receipt_for_another_device_or_upload(besieged, others):
+    """She swallows the updates; she has true receipts for others, under one signature."""
+
+    def thank(mallory, message):
+        init = messages.decode(message.payload[64:], messages.Init)
+        device = message.topic.split("/")[5]
+        ack = Ack(round=init.round, upload=init.upload, status="accepted")
+        other = Ack(round=init.round, upload=b"another!", status="accepted")
+        said = [(f"demo/{name}", other if name == device else ack) for name in others]
+        receipts = messages.signed_together(besieged.ledger.keys.sign, "ack", said)
+        for false in made_of(receipts, messages.encode(ack)):
+            mallory.say(Message(TOPICS.down(device, "ack"), false))
+        return []
+
+    besieged.broker.trick, besieged.broker.against = thank, frozenset({"up init"})
+    besieged.start()
+    besieged.endure(20)
+    for name, agent in zip(DEVICES, besieged.agents, strict=True):
+        assert list((besieged.folder / name / "outbox").iterdir())
+        assert agent.rejects["bad_signature"] > 20
     besieged.finish()
     assert [r.status for r in besieged.rounds()] == ["closed"] * ROUNDS
     besieged.check()

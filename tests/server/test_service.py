@@ -10,8 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from broker_bridge.link.base import LinkLimits
-from broker_bridge.wire import messages, weights
+from broker_bridge.link.base import LinkLimits, Message
+from broker_bridge.wire import batch, messages, weights
 from broker_bridge.wire.envelope import SignKey, random_bytes
 from broker_bridge.wire.messages import Busy, Enrol, Go, Init, Join, Need, NeedBlob, Report
 from server.fleet.enrolment import add_device
@@ -150,6 +150,55 @@ def test_a_device_whose_update_is_here_gets_its_receipt_however_often_it_asks(ar
     assert arena.a.commit(init) == [receipt]
     assert arena.a.send(sealed) == []
     assert arena.status()["round"]["accepted"] == 1
+
+
+def at_once(world, names, *, target):
+    """Updates of several devices come in together; return what was said to all, in order."""
+    devices = [world.hand(name) for name in names]
+    assert world.tell(cmd="start", target=target)["ok"]
+    ready = [device.seal(device.go(), device.delta()) for device in devices]
+    for device, (init, _) in zip(devices, ready, strict=True):
+        device.commit(init)
+    ear = world.broker.connect("ear")
+    ear.subscribe([TOPICS.round, *(TOPICS.down(name, "ack") for name in names)])
+    for device, (_, sealed) in zip(devices, ready, strict=True):
+        for chunk in sealed.chunks:
+            device.link.publish(TOPICS.up(0, device.name, "data"), chunk)
+    world.settle()
+    for device in devices:
+        assert [ack.status for ack in device.listen()] == ["accepted"]
+    heard = iter(lambda: ear.receive(0), None)
+    return [m for m in heard if isinstance(m, Message) and not m.retained]
+
+
+def test_receipts_of_one_commit_share_a_signature(worlds):
+    world = worlds(limits=LinkLimits(262_144, 200))
+    heard = at_once(world, [f"d-{n}" for n in range(7)], target=8)
+    parts = [batch.split(m.payload) for m in heard]
+    assert [(p.entry, p.last) for p in parts] == [(n, 6) for n in range(7)]
+    assert len({p.signature for p in parts}) == 1
+
+
+def test_the_receipts_are_said_before_the_round_is_that_they_close(worlds):
+    world = worlds(limits=LinkLimits(262_144, 200))
+    names = ["a", "b", "c"]
+    heard = at_once(world, names, target=3)
+    assert [m.topic for m in heard] == [*(TOPICS.down(n, "ack") for n in names), TOPICS.round]
+    assert world.metrics()["accepted"] == 3
+
+
+def test_a_refusal_and_a_receipt_of_one_commit_reach_their_devices(worlds):
+    world = worlds(limits=LinkLimits(262_144, 200))
+    a, b, c = (world.hand(name) for name in "abc")
+    assert world.tell(cmd="start", target=3)["ok"]
+    for device, fill in ((a, 0.01), (b, float("nan")), (c, 0.01)):
+        init, sealed = device.seal(device.go(), device.delta(fill))
+        device.commit(init)
+        for chunk in sealed.chunks:
+            device.link.publish(TOPICS.up(0, device.name, "data"), chunk)
+    world.settle()
+    said = [[ack.status for ack in device.listen()] for device in (a, b, c)]
+    assert said == [["accepted"], ["rejected"], ["accepted"]]
 
 
 def test_only_what_is_missing_is_asked_for(arena):
