@@ -7,7 +7,7 @@ their sealed chunks, to the same bits: exact sums do not care for order.
 """
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Literal
@@ -133,7 +133,8 @@ class Intake:
 
     def _let_go(self, incoming: _Incoming) -> None:
         """Forget what was kept of an update."""
-        self._opened_bytes -= sum(len(body) for body, _ in incoming.opened.values())
+        for body, _ in incoming.opened.values():
+            self._opened_bytes -= len(body)
         incoming.opened.clear()
 
     # ── whole updates ───────────────────────────────────────────────────────────────────
@@ -145,11 +146,10 @@ class Intake:
         """
         results: list[Accepted | Refused] = []
         good: list[Accept] = []
-        for effect in effects:
-            try:
-                self.add(effect.init)
+        for effect, error in self._add_all(effects):
+            if error is None:
                 good.append(effect)
-            except PeerError as error:
+            else:
                 results.append(_not_added(effect.init, error))
         try:
             with at_disk():
@@ -163,6 +163,23 @@ class Intake:
             )
             return results + [Refused(e.init.upload, status, str(error)) for e in good]
         return results + [Accepted(e.init.upload) for e in good]
+
+    def _add_all(self, effects: Sequence[Accept]) -> Iterator[tuple[Accept, PeerError | None]]:
+        """Do to each what `add` does. In memory are as many at once as are summed at once."""
+        for first in range(0, len(effects), self.sum.at_once):
+            opened: list[tuple[Accept, bytes]] = []
+            for effect in effects[first : first + self.sum.at_once]:
+                try:
+                    opened.append((effect, self._taken_up(effect.init)))
+                except PeerError as error:
+                    yield effect, error
+            refused = self.sum.add_all(
+                [update for _, update in opened],
+                [effect.init.examples for effect, _ in opened],
+                delta_bound=self.announcement.delta_bound,
+            )
+            for (effect, _), why in zip(opened, refused, strict=True):
+                yield effect, why
 
     def add(self, init: Init) -> None:
         """Open and check a complete update, and add it to the sum. Raises PeerError, LocalError."""
@@ -182,10 +199,10 @@ class Intake:
         if len(incoming.opened) < count:
             return None
         opened = [incoming.opened[index] for index in range(count)]
-        if tags_digest(tag for _, tag in opened) != incoming.init.tags:
+        if tags_digest([tag for _, tag in opened]) != incoming.init.tags:
             self._let_go(incoming)
             raise PeerError("bad_seal", "the chunks are not those that the device committed to")
-        return b"".join(body for body, _ in opened)
+        return b"".join([body for body, _ in opened])
 
     def _opened(self, incoming: _Incoming) -> bytes:
         init = incoming.init

@@ -6,10 +6,11 @@ again from the spool after a crash is not judged a second time.
 
 from broker_bridge.errors import PeerError
 
-__all__ = ["check_norm"]
+__all__ = ["check_norm", "is_well_within"]
 
 # A device scales its delta to the bound in float32, and may land this far above it.
 _ROUNDING = 1e-5
+_ORDER = 1e-9  # far more than the order in which 65,536 squares are added can change a norm
 
 
 def check_norm(norm: float, *, delta_bound: float) -> None:
@@ -23,3 +24,8 @@ def check_norm(norm: float, *, delta_bound: float) -> None:
         raise PeerError(
             "out_of_bounds", f"an update's norm is {norm:.6g}; this round allows {delta_bound:.6g}"
         )
+
+
+def is_well_within(norm: float, delta_bound: float) -> bool:
+    """Whether `check_norm` passes this norm, and would if it had been added in another order."""
+    return delta_bound > 0 and norm <= delta_bound * (1 + _ROUNDING) * (1 - _ORDER)
