@@ -9,9 +9,9 @@ import msgspec
 import pytest
 
 from broker_bridge.limits import LIMITS
-from broker_bridge.wire import messages
+from broker_bridge.wire import batch, messages
 from broker_bridge.wire.chunks import CHUNK_OVERHEAD_BYTES, TRANSFER_ID_BYTES, ChunkHeader
-from broker_bridge.wire.envelope import AEAD_TAG_BYTES, EXPORT_ONLY
+from broker_bridge.wire.envelope import AEAD_TAG_BYTES, EXPORT_ONLY, SignKey
 from broker_bridge.wire.topics import DOWN_KINDS, RESERVED, UP_KINDS, Topics
 
 TEXT = (Path(__file__).parents[1] / "docs" / "protocol.md").read_text()
@@ -91,6 +91,19 @@ def test_the_header_of_a_chunk_is_described_byte_by_byte() -> None:
     assert parts == [
         b"mg", b"\x01", b"\0", b"transfer", b"\4\3\2\1", b"\x08\x07\x06\x05", b"\0\0\0\0",
     ]  # fmt: skip
+
+
+def test_a_receipt_that_was_signed_together_is_described_byte_by_byte() -> None:
+    text = SECTIONS["Signed together"]
+    layout = re.findall(r"^\| (\d+) \| (\d+)(?: × n)? \| .+ \|$", text, re.MULTILINE)
+    key, kinds = SignKey.from_seed(bytes(32)), [f"ack demo/d-{n}" for n in range(5)]
+    data = batch.sign_together(key, [(kind, b"payload") for kind in kinds])[2]
+    parts = batch.split(data)
+    assert [(int(offset), int(size)) for offset, size in layout] == [
+        (0, len(parts.signature)), (64, 1), (65, 1), (66, len(parts.path[0])),
+    ]  # fmt: skip
+    assert data[64:66] == bytes([2, 4]) == bytes([parts.entry, parts.last])
+    assert data[66:] == b"".join(parts.path) + parts.payload
 
 
 def test_the_sizes_in_the_text_are_those_of_the_code() -> None:

@@ -27,7 +27,7 @@ _PATH_AT = SIGNATURE_BYTES + 2
 _LEAF, _NODE = b"\x00", b"\x01"
 
 # Entries under one signature. A byte could count 256; but twice as many would spare each
-# message a third of a microsecond, and cost it 32 bytes on the way.
+# message a fifth of a microsecond, and cost it 32 bytes on the way (decision 0136).
 _ENTRIES_MAX = 64
 
 

@@ -9,10 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from broker_bridge.errors import PeerError
+from broker_bridge.limits import LIMITS
 from broker_bridge.wire import batch, messages
 from broker_bridge.wire.batch import sign_together, split, verify_one_of
 from broker_bridge.wire.envelope import SignKey, verify
 from broker_bridge.wire.messages import Ack, Need
+from broker_bridge.wire.topics import Topics
 
 VECTORS = json.loads((Path(__file__).parents[2] / "vectors" / "batch-v1.json").read_text())
 KEY, STRANGER = SignKey.from_seed(bytes([1] * 32)), SignKey.from_seed(bytes([2] * 32))
@@ -277,6 +279,14 @@ def test_a_receipt_is_signed_so_also_alone_and_nothing_else_is() -> None:
     assert verify(KEY.public, "need demo/a", messages.signed(KEY, "need", "demo/a", need))
     with pytest.raises(ValueError, match="a signature of its own"):
         messages.signed_together(KEY, "need", [("demo/a", need)])
+
+
+def test_the_longest_receipt_fits_the_smallest_packet() -> None:
+    scope, topics = f"{'f' * 40}/{'d' * 40}", Topics("f" * 40)
+    ack = Ack(round=2**53, upload=bytes(8), status="rejected", reason="x" * 500, retry_after_s=0.1)
+    for data in messages.signed_together(KEY, "ack", [(scope, ack)] * 64):
+        mqtt_bytes = 3 + 2 + len(topics.down("d" * 40, "ack")) + 2  # and no properties
+        assert mqtt_bytes + len(data) <= LIMITS.packet_bytes_min
 
 
 def test_receipts_that_are_signed_together_open_for_their_own_devices() -> None:
