@@ -146,8 +146,10 @@ class Form:
         return encode(tensors)
 
     def _bools_hold(self, data: bytes) -> bool:
-        found = (np.frombuffer(data, np.uint8, count, start) for start, count in self._bools)
-        return all(values.max() <= 1 for values in found)
+        for start, count in self._bools:
+            if np.frombuffer(data, np.uint8, count, start).max() > 1:
+                return False
+        return True
 
 
 def _runs(

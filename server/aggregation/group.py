@@ -13,7 +13,7 @@ from broker_bridge.wire.weights import Form
 __all__ = ["Group"]
 
 _UPDATE_BYTES = 262_144  # in one group; each of its two temporaries is twice as large
-_ROWS_MIN = 4  # fewer of larger updates take longer together than alone: the cache is too small
+_ROWS_MIN = 6  # fewer of larger updates take longer together than alone: the cache is too small
 _FLOAT32 = np.dtype("<f4")
 
 
