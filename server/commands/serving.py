@@ -40,6 +40,7 @@ from server.store.database import Database
 __all__ = ["serve", "server_command"]
 
 _COLLECT_AFTER = 20_000  # objects more than before; an update makes a few dozen for a moment
+_KEPT_BYTES = 16 * 1024 * 1024
 
 
 @click.command("server")
@@ -111,12 +112,20 @@ def serve(home: Home, config: ServerConfig, ledger: Ledger, stopped: Any) -> Non
         link, ledger, coordinator, registrar, evaluation_npz=config.evaluation.npz,
         quotas=Quotas(shares),
     )  # fmt: skip
-    gc.freeze()  # what was loaded by now stays, and need not be gone through again and again
-    gc.set_threshold(_COLLECT_AFTER)
+    _spare_the_memory()
     try:
         service.run(Supervisor().watched(stopped, lambda: coordinator.detail))
     finally:
         link.close()
+
+
+def _spare_the_memory() -> None:
+    """Have less done about memory that updates take and give back, thousands in a second."""
+    gc.freeze()  # what was loaded by now stays, and need not be gone through again and again
+    gc.set_threshold(_COLLECT_AFTER)
+    # glibc gives freed memory back to the kernel, page by page, only to ask for it again. Once a
+    # piece of this size was freed it keeps twice as much (mallopt(3), M_MMAP_THRESHOLD).
+    bytearray(_KEPT_BYTES)
 
 
 def _free_bytes(path: Path) -> int:

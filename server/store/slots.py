@@ -4,7 +4,8 @@ A slot is a header of 64 bytes (whose it is, and how its update is cut) and room
 sealed update, in whole blocks of 4096 bytes, so that no write to one slot can tear
 another. A restart finds the slots by their headers; a header that the disk lost is passed
 over block by block. What is in a slot is ciphertext that a device chose, so headers carry
-a digest under a secret of the file: no update can contain one.
+a digest under a secret of the file: no update can contain one. A header is written with the
+first chunk: on its own it would be a block more for the disk, and say nothing.
 
 The file goes when its last slot is given back. Nothing is durable before a sync.
 """
@@ -52,6 +53,7 @@ class Slots:
         self._secret = b""
         self._end = _BLOCK_BYTES
         self._slots: dict[bytes, _Slot] = {}
+        self._empty: set[bytes] = set()  # uploads whose slot has no header yet
         self._free: dict[int, list[int]] = {}
         with disk_errors(path):
             if disk.exists(path):
@@ -85,13 +87,26 @@ class Slots:
             slot = _Slot(free[-1] if free else self._end, layout)
             if free:  # chunks of before must not be taken for chunks of now
                 write_all(self._fd, bytes(size), slot.start, disk=self._disk)
-            self._write_header(slot, upload, in_use=1)
         if free:
             free.pop()
         else:
             self._end += size
         self._slots[upload] = slot
+        self._empty.add(upload)
         return new
+
+    def write(self, upload: bytes, data: bytes, offset: int) -> None:
+        """Write `data` at `offset` of the sealed update. Raises OSError."""
+        slot = self._slots[upload]
+        start = slot.start + _HEADER_BYTES + offset
+        if upload in self._empty:
+            header = self._header(slot, upload, in_use=1)
+            if offset == 0:
+                data, start = header + data, slot.start
+            else:
+                write_all(self._fd, header, slot.start, disk=self._disk)
+        write_all(self._fd, data, start, disk=self._disk)
+        self._empty.discard(upload)
 
     def place(self, upload: bytes) -> tuple[int, int]:
         """The descriptor, and where in the file the sealed update starts."""
@@ -113,9 +128,10 @@ class Slots:
         with disk_errors(self.path):
             if last:
                 self._remove()
-            elif file_stays:
+            elif file_stays and upload not in self._empty:
                 self._write_header(slot, upload, in_use=0)
         del self._slots[upload]
+        self._empty.discard(upload)
         if not last:
             self._free.setdefault(slot.size_bytes, []).append(slot.start)
 
@@ -123,7 +139,8 @@ class Slots:
         """Write what says whose slot this is once more: a sync failed since. Raises LocalError."""
         with disk_errors(self.path):
             write_all(self._fd, self._secret, 0, disk=self._disk)
-            self._write_header(self._slots[upload], upload, in_use=1)
+            if upload not in self._empty:
+                self._write_header(self._slots[upload], upload, in_use=1)
 
     def _remove(self) -> None:
         self._disk.unlink(self.path)
@@ -151,10 +168,14 @@ class Slots:
         self._fd = fd
 
     def _write_header(self, slot: _Slot, upload: bytes, *, in_use: int) -> None:
+        header = self._header(slot, upload, in_use=in_use)
+        write_all(self._fd, header, slot.start, disk=self._disk)
+
+    def _header(self, slot: _Slot, upload: bytes, *, in_use: int) -> bytes:
         fields = _HEADER.pack(
             _MAGIC, in_use, upload, slot.layout.total_bytes, slot.layout.body_bytes
         )
-        write_all(self._fd, fields + self._digest(fields, slot.start), slot.start, disk=self._disk)
+        return fields + self._digest(fields, slot.start)
 
     def _digest(self, fields: bytes, start: int) -> bytes:
         return hashlib.sha256(self._secret + fields + start.to_bytes(8, "little")).digest()

@@ -132,9 +132,12 @@ class Spool:
         held.layout.check(header, chunk)
         if index in held.present:
             return False
+        start = _start(held.layout, index)
         with disk_errors(held.path):
-            fd, base = self._place(upload)
-            write_all(fd, chunk, base + _start(held.layout, index), disk=self._disk)
+            if upload in self._slots:
+                self._slots.write(upload, chunk, start)
+            else:
+                write_all(self._open(upload), chunk, start, disk=self._disk)
         held.present.add(index)
         held.fresh.add(index)
         held.clean = False

@@ -139,6 +139,52 @@ def test_at_the_end_of_a_round_the_file_goes_and_no_slot_is_written_to(tmp_path:
     assert opened(tmp_path).uploads() == {name(1), name(99)}
 
 
+def test_an_upload_without_a_chunk_costs_the_disk_nothing(tmp_path: Path) -> None:
+    spool = opened(tmp_path)
+    spool.begin(name(0), LAYOUT)
+    before = (tmp_path / "shared.updates").stat().st_size
+    for number in range(1, 5):
+        spool.begin(name(number), LAYOUT)
+    assert (tmp_path / "shared.updates").stat().st_size == before
+    assert spool.uploads() == {name(number) for number in range(5)}
+    put(spool, name(3))
+    spool.sync([name(3)])
+    again = opened(tmp_path)
+    assert again.uploads() == {name(3)}
+    again.begin(name(3), LAYOUT)
+    assert list(again.chunks(name(3), LAYOUT)) == sealed(name(3))
+
+
+@given(st.permutations(range(LAYOUT.count)), st.integers(1, LAYOUT.count))
+def test_whichever_chunk_is_first_the_slot_is_found_again(
+    tmp_path_factory: pytest.TempPathFactory, order: list[int], count: int
+) -> None:
+    folder = tmp_path_factory.mktemp("spool")
+    spool = opened(folder)
+    spool.begin(name(0), LAYOUT)
+    spool.begin(name(1), LAYOUT)
+    for index in order[:count]:
+        chunk = sealed(name(1))[index]
+        spool.put(chunk_header(chunk), chunk)
+    again = opened(folder)
+    assert again.uploads() == {name(1)}
+    again.begin(name(1), LAYOUT)
+    assert again.present(name(1), LAYOUT) == set(order[:count])
+
+
+def test_an_upload_without_a_chunk_gives_its_slot_back_as_it_was(tmp_path: Path) -> None:
+    spool = filled(tmp_path, 2)
+    spool.begin(name(5), LAYOUT)
+    spool.drop(name(5))
+    spool.drop(name(1))
+    put(spool, name(6))
+    put(spool, name(7))
+    size = (tmp_path / "shared.updates").stat().st_size
+    spool.sync([name(0), name(6), name(7)])
+    assert opened(tmp_path).uploads() == {name(0), name(6), name(7)}
+    assert size == (tmp_path / "shared.updates").stat().st_size
+
+
 def test_a_slot_that_is_kept_keeps_the_file_when_the_others_are_cleared(tmp_path: Path) -> None:
     spool = filled(tmp_path)
     spool.clear(keep=[name(1)])
