@@ -53,7 +53,7 @@ class Slots:
         self._secret = b""
         self._end = _BLOCK_BYTES
         self._slots: dict[bytes, _Slot] = {}
-        self._empty: set[bytes] = set()  # uploads whose slot has no header yet
+        self._unwritten: dict[bytes, bytes] = {}  # headers, by upload, that wait for a chunk
         self._free: dict[int, list[int]] = {}
         with disk_errors(path):
             if disk.exists(path):
@@ -92,21 +92,21 @@ class Slots:
         else:
             self._end += size
         self._slots[upload] = slot
-        self._empty.add(upload)
+        self._unwritten[upload] = self._header(slot, upload, in_use=1)
         return new
 
     def write(self, upload: bytes, data: bytes, offset: int) -> None:
         """Write `data` at `offset` of the sealed update. Raises OSError."""
         slot = self._slots[upload]
         start = slot.start + _HEADER_BYTES + offset
-        if upload in self._empty:
-            header = self._header(slot, upload, in_use=1)
+        header = self._unwritten.get(upload)
+        if header is not None:
             if offset == 0:
                 data, start = header + data, slot.start
             else:
                 write_all(self._fd, header, slot.start, disk=self._disk)
         write_all(self._fd, data, start, disk=self._disk)
-        self._empty.discard(upload)
+        self._unwritten.pop(upload, None)
 
     def place(self, upload: bytes) -> tuple[int, int]:
         """The descriptor, and where in the file the sealed update starts."""
@@ -128,10 +128,10 @@ class Slots:
         with disk_errors(self.path):
             if last:
                 self._remove()
-            elif file_stays and upload not in self._empty:
+            elif file_stays and upload not in self._unwritten:
                 self._write_header(slot, upload, in_use=0)
         del self._slots[upload]
-        self._empty.discard(upload)
+        self._unwritten.pop(upload, None)
         if not last:
             self._free.setdefault(slot.size_bytes, []).append(slot.start)
 
@@ -139,7 +139,7 @@ class Slots:
         """Write what says whose slot this is once more: a sync failed since. Raises LocalError."""
         with disk_errors(self.path):
             write_all(self._fd, self._secret, 0, disk=self._disk)
-            if upload not in self._empty:
+            if upload not in self._unwritten:
                 self._write_header(self._slots[upload], upload, in_use=1)
 
     def _remove(self) -> None:
