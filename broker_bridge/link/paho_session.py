@@ -220,7 +220,9 @@ class PahoSession(QueuedLink):
         if not self._greeted(this):
             return min(tick_s, this.greeting_ends_s - now + 0.01)
         has_room = len(self._inflight) < self._limits.inflight_max
-        if self._outgoing and has_room:  # held back by the pace; its turn may have come by now
+        if self._outgoing and has_room and not this.client.want_write():
+            # Held back by the pace; its turn may have come by now. Where the socket holds it
+            # back, that will tell: to ask it without a pause keeps a processor busy.
             return min(tick_s, max(0.0, self._next_publish_s - now))
         return tick_s
 

@@ -5,6 +5,7 @@ import select
 import socket
 import sys
 import termios
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -410,6 +411,19 @@ def test_a_peer_that_reads_nothing_holds_up_what_is_said_and_loses_none_of_it(pl
     at = [read.find(each) for each in payloads]
     assert min(at) > 0
     assert at == sorted(at)
+
+
+def test_while_a_line_is_too_slow_for_what_waits_nobody_goes_round_and_round():
+    """Of 55,000 turns a second, none could write a byte."""
+    peer = Peer()
+    peer.this.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+    for _ in range(20):
+        peer.link.publish("a", bytes(60_000))
+    _, writing = peer.link._prepare(peer.this)
+    assert peer.link._outgoing
+    assert len(peer.link._inflight) < peer.link.limits.inflight_max
+    assert writing  # so the socket wakes it
+    assert peer.link._wait_s(peer.this, time.monotonic()) > 10.0
 
 
 def test_a_packet_id_that_is_still_waited_for_is_not_given_to_another():
