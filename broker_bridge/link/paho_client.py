@@ -85,7 +85,7 @@ class GatheringClient(mqtt.Client):
         """
         if not self.takes_plain:
             return self.publish(topic, payload, 1, retained).mid
-        if not self._has_room():
+        if not self._may_gather():
             return None
         while (packet_id := self._mid_generate()) in self._out_messages:
             pass  # numbers come round again, and one answer may be long in coming
@@ -98,7 +98,7 @@ class GatheringClient(mqtt.Client):
 
     def acknowledge(self, packet_id: int) -> None:
         """Tell the broker that this message of QoS 1 needs no redelivery."""
-        if self.takes_plain and self._has_room():
+        if self.takes_plain and self._may_gather():
             self._gathered += acknowledgement(packet_id)
             self._last_msg_out = time.monotonic()
         else:  # paho keeps what does not go now
@@ -208,6 +208,14 @@ class GatheringClient(mqtt.Client):
             raise BlockingIOError
         self._gathered += buf
         return len(buf)
+
+    def _may_gather(self) -> bool:
+        """Whether a packet that paho does not see may gather: not before those paho waits with.
+
+        A question would overtake the SUBSCRIBE for its answer, and an acknowledgement an earlier
+        one (MQTT 5.0, 4.6).
+        """
+        return not super().want_write() and self._has_room()
 
     def _has_room(self) -> bool:
         """Whether one more packet may gather; writes, if that helps."""

@@ -413,6 +413,39 @@ def test_a_peer_that_reads_nothing_holds_up_what_is_said_and_loses_none_of_it(pl
     assert at == sorted(at)
 
 
+@pytest.mark.parametrize("plain", [True, False])
+def test_on_a_slow_line_no_packet_overtakes_another(plain):
+    """A question came before the SUBSCRIBE for its answer, an acknowledgement before another."""
+    peer = Peer(plain=plain)
+    peer.this.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+    peer.hear(publish("heard", b"", packet_id=0xABC1), publish("heard", b"", packet_id=0xABC2))
+    _, first, second = (peer.link.receive(0) for _ in range(3))
+    for _ in range(4):
+        peer.link.publish("a", bytes(60_000))
+    for _ in range(20):
+        peer.link._prepare(peer.this)
+    peer.link.subscribe(["answers/#"])
+    peer.link.ack(first)
+    peer.link._prepare(peer.this)
+    assert peer.this.client._out_packet  # they wait for the line
+    peer.link.publish("ask", b"question")
+    peer.link.ack(second)
+    said = [acknowledgement(0xABC1), b"answers/#", acknowledgement(0xABC2), b"question"]
+    read = bytearray()
+    peer.socket.setblocking(False)
+    while not all(each in read for each in said):
+        try:
+            read += peer.socket.recv(1 << 16)
+        except BlockingIOError:
+            select.select([peer.socket], [], [], 0.01)
+        for _ in range(3):  # something else wakes it, too
+            peer.link._prepare(peer.this)
+        peer.link._work(peer.this, readable=False, writable=True)
+    at = {each: read.find(each) for each in said}
+    assert at[said[0]] < at[said[2]]
+    assert at[said[1]] < at[said[3]]
+
+
 def test_while_a_line_is_too_slow_for_what_waits_nobody_goes_round_and_round():
     """Of 55,000 turns a second, none could write a byte."""
     peer = Peer()
