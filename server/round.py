@@ -34,7 +34,7 @@ from server.events import (
 __all__ = ["Round"]
 
 Status = Literal["going", "accepting", "accepted", "rejected"]
-_REASON_CHARS_MAX = 500  # what an `Ack` takes
+_REASON_BYTES_MAX = 500  # in an `Ack`, which has at most 460 beside it: 1,024 are sure to go
 _REVOKED = "the device was revoked"
 _AT_ONCE = "as many uploads are open as may be at once"
 _NO_ROOM = "the server has no room on its disk"
@@ -221,7 +221,10 @@ class Round:
             "accepted" if place.status == "accepted" else "rejected"
         )
         ack = Ack(
-            round=self.announcement.round, upload=place.upload, status=status, reason=place.reason
+            round=self.announcement.round,
+            upload=place.upload,
+            status=status,
+            reason=_in_short(place.reason),
         )
         return [Send(place.device, ack)]
 
@@ -268,7 +271,7 @@ class Round:
     def _reject(self, place: Upload, kind: str, reason: str) -> list[Effect]:
         self._rejects[kind] += 1
         self._mark(place, "rejected")
-        place.reason = reason[:_REASON_CHARS_MAX]
+        place.reason = reason
         return [
             Refuse(place.device, place.upload, reason),
             *self._final(place),
@@ -338,7 +341,11 @@ class Round:
             round=self.announcement.round,
             upload=event.upload,
             status=event.status,
-            reason=event.reason[:_REASON_CHARS_MAX],
+            reason=_in_short(event.reason),
             retry_after_s=self._rules.retry_after_s,
         )
         return [Send(place.device, ack)]
+
+
+def _in_short(reason: str) -> str:
+    return reason.encode(errors="replace")[:_REASON_BYTES_MAX].decode(errors="ignore")

@@ -1,9 +1,14 @@
 """An open round: who has a place in it, and what becomes of each place."""
 
+import msgspec
 import pytest
 
 from broker_bridge.errors import PeerError
-from broker_bridge.wire.messages import Ack, Busy, Go
+from broker_bridge.limits import LIMITS
+from broker_bridge.link.queued_link import packet_bytes
+from broker_bridge.wire.envelope import SignKey
+from broker_bridge.wire.messages import Ack, Busy, Go, signed_together
+from broker_bridge.wire.topics import Topics
 from server.events import (
     Accepted,
     BeginUpload,
@@ -239,6 +244,24 @@ def test_an_update_that_the_disk_did_not_take_may_come_again(status: str) -> Non
     assert (ack.status, ack.retry_after_s) == (status, 5.0)
     assert len(ack.reason) <= 500, "longer ones do not decode"
     assert kinds(server.commit("d0")) == [BeginUpload, Send]
+
+
+@pytest.mark.parametrize("status", ["busy", "rejected"])
+@pytest.mark.parametrize("letter", ["x", "é", "層", "\udcff"])
+def test_every_receipt_fits_into_a_packet_of_the_smallest_broker(status: str, letter: str) -> None:
+    """Its reason may name a tensor or a folder, in any script. The link refused a longer one."""
+    server = Server()
+    server.start()
+    server.join("d0")
+    server.commit("d0")
+    server.it.step(Chunk(ids_of("d0")[0], 0))
+    refused = Refused(ids_of("d0")[0], status, "not_finite: " + letter * 9000)
+    (ack,) = messages_to("d0", server.step(refused))
+    longest = msgspec.structs.replace(ack, round=2**53, retry_after_s=1e9 / 3)
+    name, key = "n" * LIMITS.name_chars_max, SignKey.from_seed(bytes(32))
+    for signed in signed_together(key, "ack", [(f"{name}/{name}", longest)] * 64):
+        topic = Topics(name).down(name, "ack")
+        assert packet_bytes(topic, signed, protocol="5.0") <= LIMITS.packet_bytes_min
 
 
 def test_a_round_at_its_target_closes_when_the_last_one_between_disk_and_sum_is_refused() -> None:
