@@ -32,7 +32,10 @@ _READ_BYTES = 64 * 1024
 _RECORD_BYTES = 16 * 1024  # of TLS (RFC 8446, 5.1), which gives one at a time
 _GATHERED_BYTES_MAX = 64 * 1024  # and one packet
 _TRIED = "2.2."  # of paho; another reads and writes every packet itself
-_OURS = mqtt.MQTTMessage()  # stands among those paho waits for an answer for, if a refusal comes
+# Stands among those paho waits for an answer for, if a refusal comes. Looks as if paho had sent it,
+# for at a CONNACK, be it one that no broker may send, paho goes through them and sends the others.
+_OURS = mqtt.MQTTMessage()
+_OURS.qos, _OURS.state = 1, mqtt.mqtt_ms_wait_for_puback
 
 
 class Taker(Protocol):

@@ -236,6 +236,9 @@ def kinds(protocol):
         publish("q0", b"none", protocol=protocol, command=0x30),
         publish(b"\xc3\x28", b"topic", protocol=protocol),
         bytes.fromhex("d000"),
+        bytes.fromhex(CONNACK[protocol]),
+        bytes.fromhex("50020001"),
+        bytes.fromhex("70020002"),
         packet(0x32, publish("long", b"x", protocol=protocol)[2:], at_least=3),
         packet(0x32, publish("longer", b"x", protocol=protocol)[2:], at_least=4),
     ]
@@ -294,6 +297,20 @@ def test_a_refusal_with_its_reason_is_counted():
     outcome = in_both_ways([bytes.fromhex("40020001") + no + bytes.fromhex("40020003")])
     assert outcome[2:4] == (1, "mine")
     assert outcome[7] == []
+
+
+@VERSIONS
+def test_a_second_welcome_sends_nothing_again_and_ends_no_link(protocol):
+    """No broker may send it, and one that did ended the process that had a publish under way."""
+    welcome = bytes.fromhex(CONNACK[protocol])
+    outcome = in_both_ways([welcome, welcome + bytes.fromhex("40020001")], protocol=protocol)
+    assert outcome[7] == [b"1", b"2"]
+    peer = Peer(protocol=protocol, publishes=3)
+    peer.hear(welcome)
+    peer.link._prepare(peer.this)
+    peer.link._end(peer.this)
+    with peer.socket, peer.socket.makefile("rb") as file:
+        assert file.read().count(text("mine")) == 3
 
 
 def test_a_message_with_properties_is_a_message():
