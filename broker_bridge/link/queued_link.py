@@ -100,11 +100,13 @@ class QueuedLink:
         if not self._is_together:
             yield
             return
+        self._is_together = False  # who waits for the network in here has given the turn already
         self._turn.release()
         try:
             yield
         finally:
             self._turn.acquire()
+            self._is_together = True
 
     def _wait(self, for_what: Callable[[], bool], timeout_s: float) -> None:
         """The owner waits for the network, which has the turn meanwhile."""

@@ -70,6 +70,17 @@ def test_what_is_said_in_a_long_step_does_not_wait_for_its_end(pair):
         assert event.payload == b"meanwhile"
 
 
+def test_the_owner_may_wait_for_the_network_while_it_waits_for_something_else(pair):
+    """The turn was given twice: RuntimeError, or the network lost it in the middle of its work."""
+    owner, other = pair
+    with owner.together():
+        with owner.apart():
+            owner.publish(f"{FED}/from/owner", b"before")
+            assert owner.flush(GIVE_UP_S)
+        owner.publish(f"{FED}/from/owner", b"after")
+    assert [m.payload for m in messages_until(other, b"after")] == [b"before"]
+
+
 def test_while_the_owner_waits_for_something_else_the_network_goes_on(pair):
     owner, other = pair
     with owner.together():
