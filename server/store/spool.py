@@ -59,8 +59,6 @@ class _Held:
 
     layout: Layout
     present: set[int] = field(default_factory=set)
-    fresh: set[int] = field(default_factory=set)  # put since the last sync
-    clean: bool = False
     path: Path = field(init=False)  # of the file that it is in
 
     @property
@@ -82,6 +80,7 @@ class Spool:
         self.folder = folder
         self._disk = disk
         self._held: dict[bytes, _Held] = {}
+        self._synced: set[bytes] = set()  # those of which the disk has whatever was put
         self._handles: OrderedDict[bytes, int] = OrderedDict()
         make_folder(folder, disk=disk)
         with disk_errors(folder):
@@ -139,8 +138,7 @@ class Spool:
             else:
                 write_all(self._open(upload), chunk, start, disk=self._disk)
         held.present.add(index)
-        held.fresh.add(index)
-        held.clean = False
+        self._synced.discard(upload)
         return True
 
     def forget(self, upload: bytes, index: int) -> None:
@@ -152,7 +150,6 @@ class Spool:
                 start = base + _start(held.layout, index)
                 write_all(fd, bytes(_HEADER_BYTES), start, disk=self._disk)
         held.present.discard(index)
-        held.fresh.discard(index)
 
     def missing(self, upload: bytes) -> list[int]:
         """The indices of the chunks that are not there, in order."""
@@ -195,7 +192,7 @@ class Spool:
         Raises DiskFullError or LocalError; then nothing is promised for any of them, and
         the chunks of the one that failed are missing again.
         """
-        waiting = [upload for upload in uploads if not self._held[upload].clean]
+        waiting = [upload for upload in uploads if upload not in self._synced]
         shared = [upload for upload in waiting if upload in self._slots]
         if shared:
             self._sync_shared(shared)
@@ -209,8 +206,10 @@ class Spool:
     def _sync_files(self, uploads: list[bytes]) -> None:
         errors = self._disk.fdatasync([self._open(upload) for upload in uploads])
         outcome = dict(zip(uploads, errors, strict=True))
+        self._synced.update(each for each, error in outcome.items() if error is None)
         for upload, error in outcome.items():
-            self._synced(upload) if error is None else self._distrust(upload)
+            if error is not None:
+                self._distrust(upload)
         for upload, error in outcome.items():
             if error is not None:
                 with disk_errors(self._path(upload)):
@@ -219,22 +218,16 @@ class Spool:
     def _sync_shared(self, uploads: list[bytes]) -> None:
         (error,) = self._disk.fdatasync([self._slots.file])
         if error is None:
-            for upload in uploads:
-                self._synced(upload)
+            self._synced.update(uploads)
             return
         # It may be any page of the file, so nothing that was put since is to be trusted.
         for upload in [each for each in self._held if each in self._slots]:
-            if not self._held[upload].clean:
+            if upload not in self._synced:
                 self._distrust(upload)
                 with contextlib.suppress(LocalError):
                     self._slots.write_again(upload)
         with disk_errors(self._slots.path):
             raise error
-
-    def _synced(self, upload: bytes) -> None:
-        held = self._held[upload]
-        held.fresh.clear()
-        held.clean = True
 
     def _distrust(self, upload: bytes) -> None:
         """Ask for every chunk again after a sync that failed.
@@ -244,7 +237,7 @@ class Spool:
         """
         held = self._held[upload]
         with contextlib.suppress(LocalError):
-            for index in sorted(held.fresh):
+            for index in sorted(held.present):
                 self.forget(upload, index)
         held.present.clear()
 
@@ -261,6 +254,7 @@ class Spool:
         else:
             self._unlink(upload)
         held = self._held.pop(upload, None)
+        self._synced.discard(upload)
         self._bytes -= held.file_bytes if held else self._found.pop(upload, 0)
 
     def _unlink(self, upload: bytes) -> None:
