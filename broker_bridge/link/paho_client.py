@@ -123,7 +123,7 @@ class GatheringClient(mqtt.Client):
             del self._gathered[:sent]
 
     def read(self) -> None:
-        """Take what one read brings: the plain packets here, whatever else there is paho."""
+        """Take what one read brings: the plain packets here, and paho takes whatever else it is."""
         if self._sock is None:
             return  # hung up on: what came after is not read
         if self.takes_plain and self._in_packet["command"] == 0:
