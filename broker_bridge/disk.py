@@ -36,6 +36,7 @@ __all__ = [
     "sync_folder",
     "write_all",
     "write_atomic",
+    "write_one_after_the_other",
 ]
 
 
@@ -73,6 +74,9 @@ class Disk(Protocol):
 
     def pwrite(self, fd: int, data: bytes | memoryview, offset: int) -> int:
         """Write some of `data`; return how much."""
+
+    def pwritev(self, fd: int, buffers: Sequence[bytes], offset: int) -> int:
+        """Write some of `buffers`, one after the other; return how many bytes."""
 
     def fchmod(self, fd: int, mode: int) -> None:
         """Set who may read and write."""
@@ -112,6 +116,7 @@ class RealDisk:
     close = staticmethod(os.close)
     pread = staticmethod(os.pread)
     pwrite = staticmethod(os.pwrite)
+    pwritev = staticmethod(os.pwritev)
     fchmod = staticmethod(os.fchmod)
     fsync = staticmethod(os.fsync)
     rename = staticmethod(os.rename)
@@ -255,6 +260,20 @@ def write_all(fd: int, data: bytes, offset: int, *, disk: Disk = REAL_DISK) -> N
     done = disk.pwrite(fd, data, offset)
     while done < len(data):
         done += disk.pwrite(fd, memoryview(data)[done:], offset + done)
+
+
+def write_one_after_the_other(
+    fd: int, buffers: Sequence[bytes], offset: int, *, disk: Disk = REAL_DISK
+) -> None:
+    """Write all of `buffers`, which are few enough for one call (1024), from `offset` on.
+
+    Raises OSError.
+    """
+    if not buffers:
+        return
+    done = disk.pwritev(fd, buffers, offset)
+    if done < sum(map(len, buffers)):
+        write_all(fd, b"".join(buffers)[done:], offset + done, disk=disk)
 
 
 def make_folder(folder: Path, *, disk: Disk = REAL_DISK) -> None:

@@ -28,11 +28,12 @@ from server.attendance import Attendance
 from server.events import (
     AbandonRound,
     Accepted,
+    Acknowledge,
     Begun,
-    Chunk,
     Closed,
     CloseRound,
     Commanded,
+    Complete,
     Effect,
     EndRun,
     Evaluate,
@@ -199,7 +200,8 @@ class Coordinator:
         Raises PeerError for what a peer should not have sent; nothing has changed then.
         """
         match event:
-            case Begun() | Chunk() | Accepted() | Refused():  # first, for they come by the thousand
+            # First, for these come by the thousand.
+            case Complete() | Accepted() | Begun() | Refused():
                 return self._progressed(event)
             case Tick(now_s):
                 self._now_s = max(self._now_s, now_s)
@@ -371,19 +373,19 @@ class Coordinator:
             this = self._current(init.round, init.announcement)
         except PeerError as error:
             late = Ack(round=init.round, upload=init.upload, status="late", reason=str(error))
-            return [Send(event.device, late)]
+            return [Acknowledge(event.device, late)]
         return this.inited(event)
 
-    def _progressed(self, event: Begun | Chunk | Accepted | Refused) -> list[Effect]:
+    def _progressed(self, event: Complete | Accepted | Begun | Refused) -> list[Effect]:
         """Something became of an upload; the last one that is needed closes the round."""
         this = self._round
         if this is None:
             return []
         match event:
-            case Chunk(upload, still_missing):
-                return this.chunk(upload, still_missing)
-            case Accepted(upload):
-                effects = this.accepted(upload)
+            case Complete(upload):
+                return this.complete(upload)
+            case Accepted(uploads):
+                effects = [each for upload in uploads for each in this.accepted(upload)]
             case Begun(upload, missing):
                 return this.begun(upload, missing)
             case Refused():

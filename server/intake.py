@@ -8,7 +8,7 @@ their sealed chunks, to the same bits: exact sums do not care for order.
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -24,12 +24,10 @@ from broker_bridge.wire.update import Binding, update_key
 from server.aggregation.exact import ExactSum
 from server.events import Accept, Accepted, Refused, Upload
 from server.store import rows
-from server.store.database import Database
+from server.store.database import AtDisk, Database
 from server.store.spool import Spool
 
-__all__ = ["ATTEMPTS_MAX", "AtDisk", "Intake"]
-
-AtDisk = Callable[[], AbstractContextManager[None]]
+__all__ = ["ATTEMPTS_MAX", "Intake"]
 
 log = logging.getLogger("midge.server")
 
@@ -109,8 +107,8 @@ class Intake:
         self.uploads[init.upload] = incoming
         return tuple(self._spool.missing(init.upload))
 
-    def put_chunk(self, device: str, chunk: bytes) -> tuple[bytes, int]:
-        """Keep a chunk that opens; return its upload and how many are still missing.
+    def put_chunk(self, device: str, chunk: bytes) -> bytes | None:
+        """Keep a chunk that opens; return its upload, if no other chunk is missing any more.
 
         Raises PeerError for a chunk that nobody asked for or that was altered.
         """
@@ -122,7 +120,7 @@ class Intake:
         body = header.open_(chunk, incoming.key)
         if self._spool.put(header, chunk):
             self._remember(incoming, header.index, body, chunk[-AEAD_TAG_BYTES:])
-        return header.transfer, self._spool.lacks(header.transfer)
+        return header.transfer if self._spool.complete(header.transfer) else None
 
     def _remember(self, incoming: _Incoming, index: int, body: bytes, tag: bytes) -> None:
         """Keep what was opened, while there is room: else it is read and opened once more."""
@@ -152,8 +150,7 @@ class Intake:
             else:
                 results.append(_not_added(effect.init, error))
         try:
-            with at_disk():
-                self.commit(good)
+            self.commit(good, at_disk=at_disk)
         except (LocalError, PeerError) as error:
             # Nothing of this group is promised: the sum goes back to what has a receipt.
             log.error("cannot keep updates: %s", error)
@@ -162,7 +159,7 @@ class Intake:
                 "busy" if isinstance(error, DiskFullError) else "resend"
             )
             return results + [Refused(e.init.upload, status, str(error)) for e in good]
-        return results + [Accepted(e.init.upload) for e in good]
+        return [*results, Accepted(tuple([e.init.upload for e in good]))] if good else results
 
     def _add_all(self, effects: Sequence[Accept]) -> Iterator[tuple[Accept, PeerError | None]]:
         """Do to each what `add` does. In memory are as many at once as are summed at once."""
@@ -222,12 +219,13 @@ class Intake:
             raise PeerError("bad_seal", "the chunks are not those that the device committed to")
         return b"".join(bodies)
 
-    def commit(self, effects: Sequence[Accept]) -> None:
+    def commit(self, effects: Sequence[Accept], *, at_disk: AtDisk = nullcontext) -> None:
         """Sync the updates, then write their receipts. Raises LocalError."""
         if not effects:
             return
-        self._spool.sync([e.init.upload for e in effects])
-        with self._db.transaction() as tx:
+        with at_disk():
+            self._spool.sync([e.init.upload for e in effects])
+        with self._db.transaction(at_disk=at_disk) as tx:
             tx.add_accepted([self._receipt(e.device, e.init, "accepted") for e in effects])
 
     def _receipt(

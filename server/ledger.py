@@ -25,12 +25,12 @@ from server.announcer import Announcer
 from server.config import ServerConfig
 from server.events import Accept, Accepted, Opened, OpenRound, Refused, Run, Upload
 from server.fleet.home import Home, ServerKeys
-from server.intake import AtDisk, Intake
+from server.intake import Intake
 from server.lineage import Lineage, LoadedTask, TaskFiles, Weights
 from server.old_copy import settle_old_copy
 from server.recall import Recalled, recall
 from server.store import rows
-from server.store.database import Database
+from server.store.database import AtDisk, Database
 from server.store.models import ModelFiles
 from server.store.spool import Spool
 
@@ -226,8 +226,8 @@ class Ledger:
         assert self._open is not None  # noqa: S101 - asked only while a round is open
         return self._open.begin(device, init)
 
-    def put_chunk(self, device: str, chunk: bytes) -> tuple[bytes, int]:
-        """Keep a chunk that opens; return its upload and how many are still missing.
+    def put_chunk(self, device: str, chunk: bytes) -> bytes | None:
+        """Keep a chunk that opens; return its upload, if no other chunk is missing any more.
 
         Raises PeerError for a chunk that nobody asked for or that was altered.
         """

@@ -16,6 +16,7 @@ from broker_bridge.wire.messages import Ack, Busy, Go, Init, Join, Need, RoundSu
 from server.cohort import invitations
 from server.events import (
     Accept,
+    Acknowledge,
     BeginUpload,
     Effect,
     Forget,
@@ -226,7 +227,7 @@ class Round:
             status=status,
             reason=_in_short(place.reason),
         )
-        return [Send(place.device, ack)]
+        return [Acknowledge(place.device, ack)]
 
     # ── uploads ─────────────────────────────────────────────────────────────────────────
 
@@ -283,22 +284,17 @@ class Round:
         if place is None or place.init is None:
             return []
         if not missing:
-            return self._complete(place, place.init)
+            return self.complete(upload)
         count = place.init.layout.count
         return [Send(place.device, Need(upload=upload, bitmap=bitmap_of(missing, count)))]
 
-    def chunk(self, upload: bytes, missing: int) -> list[Effect]:
-        """A chunk is in the spool."""
+    def complete(self, upload: bytes) -> list[Effect]:
+        """Every chunk is in the spool."""
         place = self._by_upload.get(upload)
-        if place is None or place.init is None or missing or place.status != "going":
-            return []
-        return self._complete(place, place.init)
-
-    def _complete(self, place: Upload, init: Init) -> list[Effect]:
-        if place.status != "going":
+        if place is None or place.init is None or place.status != "going":
             return []
         self._mark(place, "accepting")
-        return [Accept(place.device, init)]
+        return [Accept(place.device, place.init)]
 
     def accepted(self, upload: bytes) -> list[Effect]:
         """An update is in the sum and on disk."""
@@ -344,7 +340,7 @@ class Round:
             reason=_in_short(event.reason),
             retry_after_s=self._rules.retry_after_s,
         )
-        return [Send(place.device, ack)]
+        return [Acknowledge(place.device, ack)]
 
 
 def _in_short(reason: str) -> str:

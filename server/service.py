@@ -8,7 +8,6 @@ on: a message that is wrong is dropped and counted by reason.
 import logging
 import queue
 import time
-from collections import deque
 from collections.abc import Callable, Iterable
 
 from broker_bridge.disk import DiskFullError
@@ -18,7 +17,6 @@ from broker_bridge.link.base import Connected, Disconnected, Link, LinkEvent, Me
 from broker_bridge.wire import messages
 from broker_bridge.wire.chunks import chunk_header
 from broker_bridge.wire.messages import (
-    Ack,
     Busy,
     Command,
     Go,
@@ -95,7 +93,7 @@ class Service:
         )
         self._evaluator: Evaluator | None = None
         self._to_accept: list[ev.Accept] = []
-        self._receipts: list[tuple[str, Ack]] = []  # for whom; signed together
+        self._receipts: list[ev.Acknowledge] = []  # that are signed together
         self._results: queue.SimpleQueue[ev.Event] = queue.SimpleQueue()
         self._members = Members(ledger.db, registrar.home, clock=clock)
         self._rejects = Rejects(coordinator.rejects, ledger, clock=clock)
@@ -152,6 +150,16 @@ class Service:
 
     def _take(self, event: LinkEvent) -> None:
         match event:
+            case Message():
+                try:
+                    self._handle(self._understand(event))
+                except PeerError as error:
+                    self._rejects.count(error, event.topic)
+                except DiskFullError as error:
+                    self._no_room(error)  # whoever asked will ask again
+                self._link.ack(event)
+                if len(self._to_accept) >= _COMMIT_MAX:
+                    self._accept()
             case Connected(limits, resumed):
                 log.info("connected to the broker")
                 self._fit(limits.packet_bytes_max)
@@ -165,28 +173,20 @@ class Service:
             case Disconnected(reason):
                 log.warning("connection lost: %s", reason)
                 self._handle([ev.LinkDown()])
-            case Message():
-                try:
-                    self._handle(self._understand(event))
-                except PeerError as error:
-                    self._rejects.count(error, event.topic)
-                except DiskFullError as error:
-                    self._no_room(error)  # whoever asked will ask again
-                self._link.ack(event)
-                if len(self._to_accept) >= _COMMIT_MAX:
-                    self._accept()
 
-    def _handle(self, happened: Iterable[ev.Event]) -> None:
-        todo = deque(happened)
-        while todo:
-            todo.extend(self._carry_out(self._coordinator.step(todo.popleft())))
+    def _handle(self, happened: list[ev.Event]) -> None:
+        """Step through what happened, and what comes of that."""
+        for event in happened:  # which grows meanwhile
+            happened += self._carry_out(self._coordinator.step(event))
         self._give_receipts()
 
     def _carry_out(self, effects: Iterable[ev.Effect]) -> list[ev.Event]:
         happened: list[ev.Event] = []
         for effect in effects:
-            if not _is_receipt(effect):
-                self._give_receipts()  # what is said or done next comes after them
+            if isinstance(effect, ev.Acknowledge):
+                self._receipts.append(effect)
+                continue
+            self._give_receipts()  # what is said or done next comes after them
             if self._postponed and isinstance(effect, _WRITES):
                 self._postponed.append(effect)  # in the order in which they were decided
                 continue
@@ -309,12 +309,12 @@ class Service:
         if self._postponed and isinstance(place, UpTopic):
             raise PeerError("no_room", "nothing can be written down now")
         match place:
+            case UpTopic(device=device, kind="data"):
+                return self._chunk(device, message.payload)
             case "ctl":
                 return self._command(message)
             case DeviceState(device):
                 return self._presence(device, message.payload)
-            case UpTopic(device=device, kind="data"):
-                return self._chunk(device, message.payload)
             case UpTopic(device=device, kind="enrol"):
                 self._look_at_fleet(now=True)  # its name may be that of one who is to go
                 answer = self._registrar.answer(device, message.payload)
@@ -339,11 +339,11 @@ class Service:
 
     def _chunk(self, device: str, chunk: bytes) -> list[ev.Event]:
         try:
-            upload, missing = self._ledger.put_chunk(device, chunk)
+            complete = self._ledger.put_chunk(device, chunk)
         except DiskFullError as error:
             self._no_room(error)
             return [ev.Refused(chunk_header(chunk).transfer, "busy", _BUSY)]
-        return [ev.Chunk(upload, missing)]
+        return [] if complete is None else [ev.Complete(complete)]
 
     def _signed(self, device: str, kind: str, payload: bytes) -> list[ev.Event]:
         row = self._members.row(device)
@@ -434,10 +434,7 @@ class Service:
                 self._ledger.end_run(run.id, status, reason)
         return []
 
-    def _send(self, device: str, message: Go | Busy | Need | Ack) -> None:
-        if isinstance(message, Ack):
-            self._receipts.append((device, message))
-            return
+    def _send(self, device: str, message: Go | Busy | Need) -> None:
         kind = "need" if isinstance(message, Need) else "go"
         signed = messages.signed(self._sign, kind, self._scope(device), message)
         self._board.publish(self._topics.down(device, kind), signed)
@@ -447,10 +444,10 @@ class Service:
         if not self._receipts:
             return
         receipts, self._receipts = self._receipts, []
-        said = [(self._scope(device), receipt) for device, receipt in receipts]
+        said = [(self._scope(each.device), each.ack) for each in receipts]
         signed = messages.signed_together(self._sign, "ack", said)
-        for (device, _), each in zip(receipts, signed, strict=True):
-            self._board.publish(self._topics.down(device, "ack"), each)
+        for receipt, data in zip(receipts, signed, strict=True):
+            self._board.publish(self._topics.down(receipt.device, "ack"), data)
 
     def _scope(self, device: str) -> str:
         return f"{self._coordinator.federation}/{device}"
@@ -570,10 +567,6 @@ class Service:
             server_evaluates=self._evaluator is not None,
         )  # fmt: skip
         self._handle(self._carry_out(effects))
-
-
-def _is_receipt(effect: ev.Effect) -> bool:
-    return isinstance(effect, ev.Send) and isinstance(effect.message, Ack)
 
 
 def _how_to_command(error: PeerError) -> str:

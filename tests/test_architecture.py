@@ -59,7 +59,9 @@ IMPURE_MODULES = {
     "subprocess", "sys", "tempfile", "threading", "time", "uuid",
 }  # fmt: skip
 # A durable file goes through Disk, or the simulation would not see its crashes (decision 0050).
-DURABLE_CALLS = {"os.fdatasync", "os.fsync", "os.pwrite", "os.rename", "os.replace"}
+DURABLE_CALLS = {
+    "os.fdatasync", "os.fsync", "os.pwrite", "os.pwritev", "os.rename", "os.replace",
+}  # fmt: skip
 DISK = "broker_bridge/disk.py"
 IMPURE_CALLS = {"open", "print", "input", "breakpoint"}
 NUMPY_FILES = {

@@ -14,11 +14,12 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+import msgspec
+
 __all__ = ["Connected", "Disconnected", "Link", "LinkEvent", "LinkLimits", "Message"]
 
 
-@dataclass(frozen=True)
-class Message:
+class Message(msgspec.Struct, frozen=True):
     """One message from the broker. Hand it to `Link.ack` once it needs no redelivery.
 
     `retained`: it was waiting on the broker before we asked for its topic. `token` is the

@@ -230,8 +230,7 @@ class PahoSession(QueuedLink):
         """Hand over what is queued; say whether to wait for reading and for writing."""
         self._hand_over(this.client)
         this.client.flush()
-        with self._changed:
-            reading = not self._greeted(this) or self._may_read()
+        reading = not self._greeted(this) or self._reads_on()
         return reading, this.client.want_write()
 
     def _work(self, this: Connection, *, readable: bool, writable: bool) -> None:

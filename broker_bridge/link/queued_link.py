@@ -50,14 +50,16 @@ class QueuedLink:
         self.last_refused = ""  # the topic or filter of the last one
         self.connections = 0
 
-        # One lock for all that both threads touch, but for the two queues that the owner only
-        # appends to and the network half only takes from the head of: `_outgoing` and `_acks`.
+        # One lock for all that both threads touch, but for three queues of which one thread only
+        # takes the head, and the other only adds to the end: `_outgoing`, `_acks` and `_inbox`.
         self._changed = threading.Condition()
         self._outgoing: deque[Message] = deque()
         self._outgoing_bytes = 0
         self._inflight: dict[int, Message] = {}
         self._inbox: deque[Message] = deque()
-        self._inbox_bytes = 0
+        self._given_bytes = 0  # of payloads that ever were in the inbox: the network half's
+        self._taken_bytes = 0  # of those that are not there any more: the owner's
+        self._is_held_back = False  # the network half reads no more until the owner has caught up
         self._news: Connected | Disconnected | None = None
         self._news_lost_session = False
         self._acks: deque[int] = deque()
@@ -188,21 +190,21 @@ class QueuedLink:
         the present state, with `resumed` false if the session was lost on the way.
         """
         self._wait(self._something_to_tell, timeout_s)
-        with self._changed:
-            self._raise_crash()
-            if self._woken:
+        if self._woken or self._news is not None or self._crash is not None:
+            with self._changed:
+                self._raise_crash()
+                if not self._woken:
+                    return self._take_news()
                 self._woken = False
                 return None
-            if self._news is not None:
-                return self._take_news()
-            if not self._inbox:
-                return None
-            was_full = not self._may_read()
-            message = self._inbox.popleft()
-            self._inbox_bytes -= len(message.payload)
-            if was_full and self._may_read():
-                self._poke()
-            return message
+        if not self._inbox:
+            return None
+        message = self._inbox.popleft()
+        self._taken_bytes += len(message.payload)
+        if self._is_held_back and self._may_read():
+            self._is_held_back = False
+            self._poke()
+        return message
 
     def wake(self) -> None:
         """Make a waiting `receive` return None early. For another thread that has news."""
@@ -289,7 +291,8 @@ class QueuedLink:
         """Whether there is room for one more message, those that came just now counted."""
         return (
             len(self._inbox) + len(self._arrived) < LIMITS.receive_queue_messages_max
-            and self._inbox_bytes + self._arrived_bytes < self._receive_queue_bytes_max
+            and self._given_bytes - self._taken_bytes + self._arrived_bytes
+            < self._receive_queue_bytes_max
         )
 
     def answered(self, packet_id: int, *, refusal: str | None) -> None:
@@ -306,8 +309,8 @@ class QueuedLink:
                 message = self._inflight.pop(packet_id, None)
                 if message is not None and refusal is not None:
                     self._refuse(message.topic, refusal)
+            self._given_bytes += self._arrived_bytes
             self._inbox.extend(self._arrived)
-            self._inbox_bytes += self._arrived_bytes
             if self._arrived or self._all_sent():  # nobody waits for less
                 self._changed.notify_all()
         self._arrived.clear()
@@ -342,10 +345,17 @@ class QueuedLink:
     def _all_sent(self) -> bool:
         return not self._outgoing and not self._inflight
 
+    def _reads_on(self) -> bool:
+        """Whether to go on reading; if not, `receive` pokes once the owner has caught up."""
+        self._is_held_back = not self._may_read()
+        if self._is_held_back and self._may_read():  # he did so meanwhile, and saw nothing yet
+            self._is_held_back = False
+        return not self._is_held_back
+
     def _may_read(self) -> bool:
         return (
             len(self._inbox) < LIMITS.receive_queue_messages_max
-            and self._inbox_bytes < self._receive_queue_bytes_max
+            and self._given_bytes - self._taken_bytes < self._receive_queue_bytes_max
         )
 
     def _raise_crash(self) -> None:

@@ -16,6 +16,8 @@ import re
 from dataclasses import dataclass
 from functools import cached_property
 
+import msgspec
+
 from broker_bridge.errors import PeerError
 from broker_bridge.limits import LIMITS
 
@@ -48,8 +50,7 @@ def is_name(text: str) -> bool:
     return len(text) <= LIMITS.name_chars_max and _NAME.fullmatch(text) is not None
 
 
-@dataclass(frozen=True)
-class UpTopic:
+class UpTopic(msgspec.Struct, frozen=True):
     """From a device to the server. The device's name is what the broker's ACL let through."""
 
     shard: int
@@ -57,16 +58,14 @@ class UpTopic:
     kind: str
 
 
-@dataclass(frozen=True)
-class DownTopic:
+class DownTopic(msgspec.Struct, frozen=True):
     """From the server to one device."""
 
     device: str
     kind: str
 
 
-@dataclass(frozen=True)
-class DeviceState:
+class DeviceState(msgspec.Struct, frozen=True):
     """A device's retained presence."""
 
     device: str

@@ -24,7 +24,9 @@ from broker_bridge.errors import LocalError
 from server.store import schema
 from server.store.transaction import Transaction
 
-__all__ = ["Database"]
+__all__ = ["AtDisk", "Database"]
+
+AtDisk = Callable[[], contextlib.AbstractContextManager[None]]
 
 # secure_delete: the bytes of a round key are overwritten when the key is removed.
 _PRAGMAS = (
@@ -83,14 +85,17 @@ class Database:
             )
 
     @contextlib.contextmanager
-    def transaction(self) -> Iterator[Transaction]:
+    def transaction(self, *, at_disk: AtDisk = contextlib.nullcontext) -> Iterator[Transaction]:
         """Change things: all of the block, durably, or, when it raises, nothing.
 
+        `at_disk` is entered while the disk is waited for.
         Raises DiskFullError when there is no room (nothing is lost: try again later) and
         LocalError when the database cannot be used.
         """
         with self._errors(), self._engine.begin() as connection:
             yield Transaction(connection)
+            with at_disk():
+                connection.commit()
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[Transaction]:

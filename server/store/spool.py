@@ -133,10 +133,12 @@ class Spool:
             return False
         start = _start(held.layout, index)
         with disk_errors(held.path):
-            if upload in self._slots:
-                self._slots.write(upload, chunk, start)
-            else:
+            if upload not in self._slots:
                 write_all(self._open(upload), chunk, start, disk=self._disk)
+            elif held.layout.count == 1:
+                self._slots.write_later(upload, chunk)
+            else:
+                self._slots.write(upload, chunk, start)
         held.present.add(index)
         self._synced.discard(upload)
         return True
@@ -216,6 +218,13 @@ class Spool:
                     raise error
 
     def _sync_shared(self, uploads: list[bytes]) -> None:
+        with disk_errors(self._slots.path):
+            try:
+                self._slots.flush()
+            except OSError:
+                for upload in self._slots.give_up():
+                    self._held[upload].present.clear()
+                raise
         (error,) = self._disk.fdatasync([self._slots.file])
         if error is None:
             self._synced.update(uploads)

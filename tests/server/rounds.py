@@ -17,12 +17,13 @@ from server.coordinator import Coordinator
 from server.events import (
     Accept,
     Accepted,
+    Acknowledge,
     BeginUpload,
     Begun,
-    Chunk,
     Closed,
     CloseRound,
     Commanded,
+    Complete,
     Inited,
     Joined,
     Opened,
@@ -105,7 +106,7 @@ class Server:
             case BeginUpload(_, init):
                 return [Begun(init.upload, tuple(range(init.layout.count)))]
             case Accept(_, init):
-                return [Accepted(init.upload)]
+                return [Accepted((init.upload,))]
         return []
 
     def start(self, **command) -> list:
@@ -143,11 +144,12 @@ class Server:
     def upload(self, device: str, attempt: int = 0) -> list:
         """A whole update, from join to receipt."""
         effects = self.join(device) + self.commit(device, attempt=attempt)
-        return effects + self.step(Chunk(ids_of(device, self.number)[attempt], 0))
+        return effects + self.step(Complete(ids_of(device, self.number)[attempt]))
 
 
 def messages_to(device: str, effects) -> list:
-    return [e.message for e in effects if isinstance(e, Send) and e.device == device]
+    to_it = [e for e in effects if isinstance(e, Send | Acknowledge) and e.device == device]
+    return [e.message if isinstance(e, Send) else e.ack for e in to_it]
 
 
 def of(kind: type, effects) -> list:

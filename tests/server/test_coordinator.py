@@ -23,12 +23,13 @@ from server.events import (
     AbandonRound,
     Accept,
     Accepted,
+    Acknowledge,
     BeginUpload,
     Begun,
-    Chunk,
     Closed,
     CloseRound,
     Commanded,
+    Complete,
     Effect,
     EndRun,
     Evaluate,
@@ -74,9 +75,9 @@ def test_a_run_goes_from_start_to_its_last_round() -> None:
     server = Server()
     assert kinds(server.start(rounds=2)) == [StartRun, OpenRound]
     assert server.it.phase is Phase.OPEN
-    assert kinds(server.upload("d0")) == [Send, BeginUpload, Send, Accept, Send]
+    assert kinds(server.upload("d0")) == [Send, BeginUpload, Send, Accept, Acknowledge]
     effects = server.upload("d1")
-    assert kinds(effects)[-4:] == [Send, CloseRound, Publish, OpenRound]
+    assert kinds(effects)[-4:] == [Acknowledge, CloseRound, Publish, OpenRound]
     (summary,) = [e.summary for e in of(Publish, effects)]
     assert (summary.round, summary.state, summary.accepted, summary.model_version) == (
         1, "closed", 2, 1,
@@ -102,9 +103,9 @@ def test_a_receipt_comes_only_after_the_disk_has_the_update() -> None:
     server.start()
     server.join("d0")
     server.commit("d0")
-    effects = server.it.step(Chunk(ids_of("d0")[0], 0))
+    effects = server.it.step(Complete(ids_of("d0")[0]))
     assert kinds(effects) == [Accept]
-    assert kinds(server.it.step(Accepted(ids_of("d0")[0]))) == [Send]
+    assert kinds(server.it.step(Accepted((ids_of("d0")[0],)))) == [Acknowledge]
 
 
 def test_a_round_waits_for_devices() -> None:
@@ -217,9 +218,9 @@ def test_a_deadline_waits_for_an_update_between_disk_and_sum() -> None:
     server.start(deadline_s=60.0)
     server.join("d0")
     server.commit("d0")
-    server.it.step(Chunk(ids_of("d0")[0], 0))
+    server.it.step(Complete(ids_of("d0")[0]))
     assert server.pass_time(61) == []
-    server.step(Accepted(ids_of("d0")[0]))
+    server.step(Accepted((ids_of("d0")[0],)))
     assert CloseRound in kinds(server.pass_time(1))
 
 
@@ -277,7 +278,7 @@ def test_an_update_with_a_receipt_counts_after_a_restart() -> None:
 def test_a_device_let_in_before_the_restart_goes_on_with_its_upload() -> None:
     server = restored([])
     assert kinds(server.commit("d0")) == [BeginUpload, Send]
-    assert kinds(server.step(Chunk(ids_of("d0")[0], 0)))[:2] == [Accept, Send]
+    assert kinds(server.step(Complete(ids_of("d0")[0])))[:2] == [Accept, Acknowledge]
 
 
 def test_a_run_that_failed_as_the_server_died_has_failed_when_it_is_back() -> None:
@@ -372,9 +373,9 @@ def test_an_update_that_is_between_disk_and_sum_is_taken_back_when_it_is_in_it()
     server.join("d0")
     server.commit("d0")
     upload = ids_of("d0")[0]
-    server.it.step(Chunk(upload, 0))  # its Accept is not carried out yet
+    server.it.step(Complete(upload))  # its Accept is not carried out yet
     assert kinds(server.step(ShutOut("d0", revoked=True))) == [Withdraw]
-    assert kinds(server.step(Accepted(upload))) == [Withdraw]
+    assert kinds(server.step(Accepted((upload,)))) == [Withdraw]
     assert server.it.status()["round"]["accepted"] == 0
 
 
@@ -385,8 +386,8 @@ def test_a_round_that_is_closing_is_decided_again_without_whoever_was_revoked() 
     server.join("d1")
     server.commit("d1")
     upload = ids_of("d1")[0]
-    server.it.step(Chunk(upload, 0))
-    (close,) = of(CloseRound, server.it.step(Accepted(upload)))  # and cannot be written yet
+    server.it.step(Complete(upload))
+    (close,) = of(CloseRound, server.it.step(Accepted((upload,))))  # and cannot be written yet
     assert (close.summary.accepted, server.it.phase) == (2, Phase.CLOSING)
     assert kinds(server.step(ShutOut("d1", revoked=True))) == [Withdraw]
     assert server.it.phase is Phase.OPEN
@@ -401,8 +402,8 @@ def test_the_same_word_twice_moves_a_closing_round_once() -> None:
     server.join("d1")
     server.commit("d0")
     upload = ids_of("d0")[0]
-    server.it.step(Chunk(upload, 0))
-    server.it.step(Accepted(upload))
+    server.it.step(Complete(upload))
+    server.it.step(Accepted((upload,)))
     assert server.it.phase is Phase.CLOSING
     server.it.step(ShutOut("d1", revoked=True))  # it gave nothing
     assert server.it.phase is Phase.CLOSING
@@ -415,7 +416,7 @@ def test_a_suspended_device_loses_its_place_but_not_what_was_accepted() -> None:
     server.join("d1")
     assert server.step(ShutOut("d0", revoked=False)) == []
     refuse, answer = server.step(ShutOut("d1", revoked=False))
-    assert (type(refuse), answer.message.status) == (Refuse, "rejected")
+    assert (type(refuse), answer.ack.status) == (Refuse, "rejected")
     assert server.it.status()["round"]["accepted"] == 1
 
 
@@ -472,8 +473,8 @@ any_event = st.one_of(
         metrics=st.sampled_from([{}, {"loss": 1e300}]),
     ),
     st.builds(Begun, ids, st.sampled_from([(), (0, 2)])),
-    st.builds(Chunk, ids, st.integers(0, 2)),
-    st.builds(Accepted, ids),
+    st.builds(Complete, ids),
+    st.builds(Accepted, st.lists(ids, max_size=3).map(tuple)),
     st.builds(Refused, ids, st.sampled_from(["rejected", "busy", "resend"]), st.just("a: b")),
     st.builds(ShutOut, devices, st.booleans()),
     st.builds(Closed, st.integers(0, 4), st.booleans()),
@@ -502,7 +503,7 @@ def test_any_event_in_any_state_gives_legal_effects_or_a_peer_error(data) -> Non
                 st.sampled_from([
                     joined(device, server.number, server.number),
                     Inited(device, server.init(device), True),
-                    Chunk(ids_of(device, server.number)[0], 0),
+                    Complete(ids_of(device, server.number)[0]),
                 ])
             )  # fmt: skip
         else:

@@ -88,7 +88,7 @@ def test_bad_updates_in_a_group_are_rejected_each_for_its_reason_and_the_others_
         alone.add(updates[number], number + 1)
     assert intake.sum.digest() == alone.digest()
     assert [r for r in results if isinstance(r, Accepted)] == [
-        Accepted(effect.init.upload) for number, effect in enumerate(group) if number not in BAD
+        Accepted(tuple(e.init.upload for number, e in enumerate(group) if number not in BAD))
     ]
     refused = {r.upload: r for r in results if isinstance(r, Refused)}
     assert len(refused) == len(BAD)

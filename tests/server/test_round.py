@@ -11,10 +11,11 @@ from broker_bridge.wire.messages import Ack, Busy, Go, signed_together
 from broker_bridge.wire.topics import Topics
 from server.events import (
     Accepted,
+    Acknowledge,
     BeginUpload,
     Begun,
-    Chunk,
     CloseRound,
+    Complete,
     Forget,
     Inited,
     Refuse,
@@ -148,7 +149,7 @@ def test_a_commit_that_comes_again_gets_the_present_answer() -> None:
     server.join("d0")
     assert kinds(server.commit("d0")) == [BeginUpload, Send]
     assert kinds(server.commit("d0")) == [BeginUpload, Send]
-    server.step(Chunk(ids_of("d0")[0], 0))
+    server.step(Complete(ids_of("d0")[0]))
     (ack,) = messages_to("d0", server.commit("d0"))
     assert ack.status == "accepted"
 
@@ -206,7 +207,7 @@ def test_a_commit_that_promises_nonsense_is_rejected(changes, reason: str) -> No
     server.start()
     server.join("d0")
     effects = server.commit("d0", **changes)
-    assert kinds(effects) == [Refuse, Send]
+    assert kinds(effects) == [Refuse, Acknowledge]
     assert messages_to("d0", effects)[0].status == "rejected"
     assert server.it.rejects == {reason: 1}
     assert server.it.status()["round"]["accepted"] == 0
@@ -226,9 +227,9 @@ def test_an_update_without_sense_is_rejected_when_it_is_opened() -> None:
     server.start()
     server.join("d0")
     server.commit("d0")
-    server.it.step(Chunk(ids_of("d0")[0], 0))
+    server.it.step(Complete(ids_of("d0")[0]))
     effects = server.step(Refused(ids_of("d0")[0], "rejected", "not_finite: it holds NaN"))
-    assert kinds(effects) == [Refuse, Send]
+    assert kinds(effects) == [Refuse, Acknowledge]
     assert messages_to("d0", effects)[0].reason == "it holds NaN"
     assert server.it.rejects == {"not_finite": 1}
 
@@ -239,7 +240,7 @@ def test_an_update_that_the_disk_did_not_take_may_come_again(status: str) -> Non
     server.start()
     server.join("d0")
     server.commit("d0")
-    server.it.step(Chunk(ids_of("d0")[0], 0))
+    server.it.step(Complete(ids_of("d0")[0]))
     (ack,) = messages_to("d0", server.step(Refused(ids_of("d0")[0], status, "x" * 9000)))
     assert (ack.status, ack.retry_after_s) == (status, 5.0)
     assert len(ack.reason) <= 500, "longer ones do not decode"
@@ -254,7 +255,7 @@ def test_every_receipt_fits_into_a_packet_of_the_smallest_broker(status: str, le
     server.start()
     server.join("d0")
     server.commit("d0")
-    server.it.step(Chunk(ids_of("d0")[0], 0))
+    server.it.step(Complete(ids_of("d0")[0]))
     refused = Refused(ids_of("d0")[0], status, "not_finite: " + letter * 9000)
     (ack,) = messages_to("d0", server.step(refused))
     longest = msgspec.structs.replace(ack, round=2**53, retry_after_s=1e9 / 3)
@@ -270,8 +271,8 @@ def test_a_round_at_its_target_closes_when_the_last_one_between_disk_and_sum_is_
     for device in ("d0", "d1"):
         server.join(device)
         server.commit(device)
-        server.it.step(Chunk(ids_of(device)[0], 0))
-    assert kinds(server.step(Accepted(ids_of("d0")[0]))) == [Send]
+        server.it.step(Complete(ids_of(device)[0]))
+    assert kinds(server.step(Accepted((ids_of("d0")[0],)))) == [Acknowledge]
     assert CloseRound in kinds(server.step(Refused(ids_of("d1")[0], "rejected", "x: y")))
 
 
@@ -279,6 +280,7 @@ def test_an_update_is_counted_once_however_often_its_parts_come() -> None:
     server = Server(online=3)
     server.start()
     server.upload("d0")
-    for event in (Chunk(ids_of("d0")[0], 0), Accepted(ids_of("d0")[0]), Begun(ids_of("d0")[0], ())):
+    upload = ids_of("d0")[0]
+    for event in (Complete(upload), Accepted((upload,)), Begun(upload, ())):
         assert server.step(event) == []
     assert server.it.status()["round"]["accepted"] == 1

@@ -176,6 +176,9 @@ class SimulatedDisk:
         self.strike("written", self._open[fd][0])
         return len(written)
 
+    def pwritev(self, fd: int, buffers: Sequence[bytes], offset: int) -> int:
+        return self.pwrite(fd, b"".join(buffers), offset)
+
     def fchmod(self, fd: int, mode: int) -> None:
         self._node(fd)
 

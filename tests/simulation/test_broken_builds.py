@@ -25,11 +25,11 @@ SEEDS_MAX = 150
 class ReceiptBeforeFsync(Intake):
     """Writes the receipt down without waiting for the disk to have the update."""
 
-    def commit(self, effects):
+    def commit(self, effects, **options):
         held = self._spool.sync
         self._spool.sync = lambda _: None
         try:
-            super().commit(effects)
+            super().commit(effects, **options)
         finally:
             self._spool.sync = held
 
@@ -41,9 +41,9 @@ class WrittenLate(Intake):
         super().__init__(*args, **options)
         self._late = []
 
-    def commit(self, effects):
+    def commit(self, effects, **options):
         late, self._late = self._late, list(effects)
-        super().commit(late)
+        super().commit(late, **options)
 
 
 class ReceiptBeforeCommit(Ledger):
@@ -62,7 +62,7 @@ class DedupeOff(Intake):
     def accept(self, effects, *, at_disk):
         results = super().accept(effects, at_disk=at_disk)
         for effect in effects:
-            if Accepted(effect.init.upload) in results:
+            if any(isinstance(r, Accepted) and effect.init.upload in r.uploads for r in results):
                 self.add(effect.init)
         return results
 
