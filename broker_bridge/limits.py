@@ -19,7 +19,8 @@ class Limits:
     packet_overhead_bytes: int = 256  # MQTT headers, topic and properties
     control_bytes_max: int = 64 * KIB  # any message but a chunk
 
-    inflight_max: int = 20  # unacknowledged publishes, unless CONNACK says less
+    inflight_max: int = 20  # unacknowledged publishes of a device, unless CONNACK says less
+    server_inflight_max: int = 200  # and of the server, which answers all of them
     send_queue_messages_max: int = 4096  # publishes waiting for the network
     receive_queue_messages_max: int = 1024  # messages waiting for the loop
 

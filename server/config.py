@@ -27,7 +27,9 @@ class Broker(Login, frozen=True, kw_only=True):
     packet_bytes_max: Annotated[
         int, Meta(ge=LIMITS.packet_bytes_min, le=LIMITS.packet_bytes_max)
     ] = LIMITS.packet_bytes_max
-    inflight_max: Annotated[int, Meta(ge=1, le=LIMITS.inflight_max)] = LIMITS.inflight_max
+    inflight_max: Annotated[int, Meta(ge=1, le=LIMITS.server_inflight_max)] = (
+        LIMITS.server_inflight_max
+    )
     publishes_per_s: Annotated[float, Meta(ge=0, le=1e6)] = 0.0
     operator: Login = Login()
     devices: Login = Login()
@@ -139,7 +141,7 @@ port = {port}
 # docs/brokers.md has their figures. Models and updates are cut into packets of this size, and
 # devices hear of it. 0 publishes in a second: as many as the broker acknowledges.
 # packet_bytes_max = 61440
-# inflight_max = 20
+# inflight_max = 200
 # publishes_per_s = 0.0
 #
 # For a broker that midge did not set up (docs/brokers.md). `{{name}}` is a device's name,

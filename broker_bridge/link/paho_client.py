@@ -96,14 +96,12 @@ class GatheringClient(mqtt.Client):
         self._gathered += head_of(name, packet_id, len(payload), retained=retained, v5=v5)
         self._gathered += payload
         self._out_messages[packet_id] = _OURS
-        self._last_msg_out = time.monotonic()  # for paho's keep-alive
         return packet_id
 
     def acknowledge(self, packet_id: int) -> None:
         """Tell the broker that this message of QoS 1 needs no redelivery."""
         if self.takes_plain and self._may_gather():
             self._gathered += acknowledgement(packet_id)
-            self._last_msg_out = time.monotonic()
         else:  # paho keeps what does not go now
             self.ack(packet_id, 1)
 
@@ -121,6 +119,7 @@ class GatheringClient(mqtt.Client):
                 self._gathered.clear()
                 return
             del self._gathered[:sent]
+            self._last_msg_out = time.monotonic()  # for paho's keep-alive
 
     def read(self) -> None:
         """Take what one read brings: the plain packets here, and paho takes whatever else it is."""
@@ -218,7 +217,7 @@ class GatheringClient(mqtt.Client):
         A question would overtake the SUBSCRIBE for its answer, and an acknowledgement an earlier
         one (MQTT 5.0, 4.6).
         """
-        return not super().want_write() and self._has_room()
+        return not self._out_packet and self._has_room()
 
     def _has_room(self) -> bool:
         """Whether one more packet may gather; writes, if that helps."""

@@ -406,7 +406,7 @@ class PahoSession(QueuedLink):
         if not self._outgoing:
             return
         handed_bytes = 0
-        while self._outgoing and self._may_publish(time.monotonic()):
+        while self._outgoing and self._may_publish():
             message = self._outgoing[0]
             size = len(message.topic) + len(message.payload)
             if self._fits(message):
@@ -434,9 +434,11 @@ class PahoSession(QueuedLink):
             self._to_unsubscribe.clear()
             self._to_subscribe.clear()
 
-    def _may_publish(self, now: float) -> bool:
+    def _may_publish(self) -> bool:
         """Whether window and pace let one more publish go."""
-        return len(self._inflight) < self._limits.inflight_max and now >= self._next_publish_s
+        return len(self._inflight) < self._limits.inflight_max and (
+            not self._settings.publishes_per_s or time.monotonic() >= self._next_publish_s
+        )
 
     def _keep_pace(self) -> None:
         """A publish went; the next one may go a little later."""

@@ -23,11 +23,15 @@ def extent_of(data: bytes, at: int) -> tuple[int, int] | None:
     None where the length is not here in full, or takes more than three bytes (section 1.5.5):
     2 MiB and more are nothing to be read in one piece.
     """
-    length = 0
-    for shift, begin in enumerate(range(at + 1, min(at + 4, len(data)))):
-        length |= (data[begin] & 0x7F) << 7 * shift
-        if data[begin] < 0x80:
-            return begin + 1, begin + 1 + length
+    have = len(data)
+    begin, shift, length = at + 1, 0, 0
+    while begin < have and shift <= 14:
+        digit = data[begin]
+        begin += 1
+        if digit < 0x80:
+            return begin, begin + (length | digit << shift)
+        length |= (digit & 0x7F) << shift
+        shift += 7
     return None
 
 

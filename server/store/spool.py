@@ -60,6 +60,7 @@ class _Held:
     layout: Layout
     present: set[int] = field(default_factory=set)
     path: Path = field(init=False)  # of the file that it is in
+    shared: bool = field(init=False)  # whether that has slots for others, too
 
     @property
     def file_bytes(self) -> int:
@@ -115,7 +116,7 @@ class Spool:
             new = self._slots.take(upload, layout)  # a new name only if the file is new
         elif upload not in self._slots:
             self._open(upload, create=True)
-        held.path = self._path(upload)
+        held.path, held.shared = self._path(upload), upload in self._slots
         self._names_synced = self._names_synced and not new
         self._bytes += held.file_bytes - self._found.pop(upload, 0)
         self._held[upload] = held
@@ -133,7 +134,7 @@ class Spool:
             return False
         start = _start(held.layout, index)
         with disk_errors(held.path):
-            if upload not in self._slots:
+            if not held.shared:
                 write_all(self._open(upload), chunk, start, disk=self._disk)
             elif held.layout.count == 1:
                 self._slots.write_later(upload, chunk)
@@ -195,12 +196,12 @@ class Spool:
         the chunks of the one that failed are missing again.
         """
         waiting = [upload for upload in uploads if upload not in self._synced]
-        shared = [upload for upload in waiting if upload in self._slots]
+        shared = [upload for upload in waiting if self._held[upload].shared]
         if shared:
             self._sync_shared(shared)
-        waiting = [upload for upload in waiting if upload not in self._slots]
-        for start in range(0, len(waiting), _SYNCS_AT_ONCE):
-            self._sync_files(waiting[start : start + _SYNCS_AT_ONCE])
+        alone = [upload for upload in waiting if not self._held[upload].shared]
+        for start in range(0, len(alone), _SYNCS_AT_ONCE):
+            self._sync_files(alone[start : start + _SYNCS_AT_ONCE])
         if not self._names_synced:
             sync_folder(self.folder, disk=self._disk)
             self._names_synced = True
