@@ -14,8 +14,9 @@ from contextlib import contextmanager
 from typing import Any, Unpack
 
 from broker_bridge.errors import LinkError
-from broker_bridge.link.paho_session import Connection, Options, PahoSession, SessionSettings
+from broker_bridge.link.paho_session import Connection, PahoSession
 from broker_bridge.link.queued_link import GOODBYE_S
+from broker_bridge.link.session_settings import Options, SessionSettings
 from broker_bridge.link.tls import TlsFiles, client_context
 
 __all__ = ["PahoLink"]
@@ -95,7 +96,7 @@ class PahoLink(PahoSession):
             failure, crash = self._final_failure or self._failure, self._crash
         if crash is not None:
             raise crash
-        where = f"{self._settings.host}:{self._settings.port}"
+        where = self._settings.where
         raise LinkError(failure.reason if failure else f"no answer from {where} in {wait_s:g} s")
 
     # ── The thread ──────────────────────────────────────────────────────────────────────

@@ -22,13 +22,12 @@ word is noticed within 2.5 keep-alives, or after 30 s when there was something t
 """
 
 import logging
-import random as _random
 import socket
 import ssl
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypedDict
+from typing import Any
 
 import paho.mqtt.client as mqtt
 from paho.mqtt.enums import CallbackAPIVersion
@@ -39,10 +38,11 @@ from paho.mqtt.reasoncodes import ReasonCode
 from broker_bridge.limits import LIMITS
 from broker_bridge.link.base import LinkLimits, Message
 from broker_bridge.link.paho_client import RECEIVED_PACKET_BYTES_MAX, TRESPASS, GatheringClient
-from broker_bridge.link.queued_link import GOODBYE_S, MIB, QueuedLink, packet_bytes
+from broker_bridge.link.queued_link import GOODBYE_S, QueuedLink, packet_bytes
+from broker_bridge.link.session_settings import SessionSettings
 from broker_bridge.link.tls import Failure, explain, explain_refusal, explain_tls
 
-__all__ = ["Connection", "Options", "PahoSession", "SessionSettings"]
+__all__ = ["Connection", "PahoSession"]
 
 log = logging.getLogger(__name__)
 
@@ -57,60 +57,6 @@ _ANOTHER = (
 )
 _UNSUPPORTED_VERSION = (0x01, 0x84)  # MQTT 3.1.1 and MQTT 5 spelling
 _MAY_PASS = (0x03, 0x88, 0x89, 0x97, 0x9C, 0x9D, 0x9F)  # unavailable, busy, quota, moved, rate
-
-
-@dataclass(frozen=True, kw_only=True)
-class SessionSettings:
-    """Whom to call, as whom, and how patiently."""
-
-    host: str
-    port: int
-    client_id: str
-    tls: ssl.SSLContext | None = None
-    username: str | None = None
-    password: str | None = field(default=None, repr=False)
-    advice: str = ""  # what a person changes when the broker does not let us in
-    will: Message | None = None
-    will_delay_s: int = 0
-    keepalive_s: int = 60
-    session_s: int = 86_400
-    receive_max: int = 64
-    receive_queue_bytes_max: int = 8 * MIB
-    send_queue_bytes_max: int = 64 * MIB
-    connect_timeout_s: float = 5.0
-    backoff_first_s: float = 1.0
-    backoff_max_s: float = 60.0
-    protocol: Literal["auto", "5.0", "3.1.1"] = "auto"
-    # What we hold to where the broker does not say (MQTT 3.1.1) or allows more than is wanted.
-    packet_bytes_max: int | None = None
-    inflight_max: int = LIMITS.inflight_max
-    publishes_per_s: float = 0.0  # 0: as fast as they are acknowledged
-    random: Callable[[], float] = _random.random
-
-
-class Options(TypedDict, total=False):
-    """The settings that have a default, as keywords; what they mean is said above and in
-    `PahoLink.open`.
-    """
-
-    username: str | None
-    password: str | None
-    advice: str
-    will: Message | None
-    will_delay_s: int
-    keepalive_s: int
-    session_s: int
-    receive_max: int
-    receive_queue_bytes_max: int
-    send_queue_bytes_max: int
-    connect_timeout_s: float
-    backoff_first_s: float
-    backoff_max_s: float
-    protocol: Literal["auto", "5.0", "3.1.1"]
-    packet_bytes_max: int | None
-    inflight_max: int
-    publishes_per_s: float
-    random: Callable[[], float]
 
 
 class _LastError(logging.Logger):
@@ -201,7 +147,7 @@ class PahoSession(QueuedLink):
         if not greeted and now > this.greeting_ends_s:
             this.farewell.append(
                 Failure(
-                    f"{self._settings.host}:{self._settings.port} accepted the connection but "
+                    f"{self._settings.where} accepted the connection but "
                     "did not answer; is it an MQTT broker?",
                     try_older_mqtt=True,
                 )
@@ -306,7 +252,7 @@ class PahoSession(QueuedLink):
     # ── Why a connection ended ──────────────────────────────────────────────────────────
 
     def _why_lost(self, this: Connection, *, greeted: bool) -> Failure:
-        text, where = this.errors.text, f"{self._settings.host}:{self._settings.port}"
+        text, where = this.errors.text, self._settings.where
         if "SSL" in text:
             return explain_tls(text, where=where)
         if TRESPASS in text:
@@ -474,14 +420,14 @@ class PahoSession(QueuedLink):
 
     def _too_small(self, packet_bytes_max: int) -> Failure:
         return Failure(
-            f"the broker at {self._settings.host}:{self._settings.port} takes packets of at most "
+            f"the broker at {self._settings.where} takes packets of at most "
             f"{packet_bytes_max} bytes, and midge needs {LIMITS.packet_bytes_min}; raise its "
             "limit (max_packet_size in mosquitto.conf)",
             final=True,
         )
 
     def _why_refused(self, reason: ReasonCode) -> Failure:
-        where = f"{self._settings.host}:{self._settings.port}"
+        where = self._settings.where
         if reason.value in _UNSUPPORTED_VERSION:
             self._is_old = self._protocol == "5.0"
             return Failure(

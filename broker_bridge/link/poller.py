@@ -24,8 +24,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from broker_bridge.errors import LocalError
-from broker_bridge.link.paho_session import Connection, PahoSession, SessionSettings
+from broker_bridge.link.paho_session import Connection, PahoSession
 from broker_bridge.link.queued_link import GOODBYE_S
+from broker_bridge.link.session_settings import SessionSettings
 
 __all__ = ["PolledLink", "Poller", "raise_file_limit"]
 

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from broker_bridge.link.base import Connected, Message
-from broker_bridge.link.paho_session import SessionSettings
 from broker_bridge.link.poller import PolledLink, Poller
+from broker_bridge.link.session_settings import SessionSettings
 from broker_bridge.link.tls import client_context
 from broker_bridge.task.taskfile import Plan
 from broker_bridge.wire import messages

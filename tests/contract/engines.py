@@ -15,8 +15,8 @@ from broker_bridge.link.base import Link, Message
 from broker_bridge.link.local_broker import LocalBroker, free_port
 from broker_bridge.link.memory_link import MemoryBroker
 from broker_bridge.link.paho_link import PahoLink
-from broker_bridge.link.paho_session import SessionSettings
 from broker_bridge.link.poller import Poller
+from broker_bridge.link.session_settings import SessionSettings
 from tests.broker_bridge.link.proxy import Proxy
 
 PLAIN_MOSQUITTO = """\

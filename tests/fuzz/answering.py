@@ -7,7 +7,8 @@ import time
 
 from broker_bridge.limits import LIMITS
 from broker_bridge.link.base import Message
-from broker_bridge.link.paho_session import Connection, PahoSession, SessionSettings
+from broker_bridge.link.paho_session import Connection, PahoSession
+from broker_bridge.link.session_settings import SessionSettings
 from tests.fuzz.target import split
 
 __all__ = ["CONNACK_5", "Driven", "follow", "listener", "mqtt", "mqtt_seeds"]

@@ -15,7 +15,7 @@ from broker_bridge.config import load_config
 from broker_bridge.errors import LocalError, PeerError
 from broker_bridge.limits import LIMITS
 from broker_bridge.link.base import Disconnected
-from broker_bridge.link.paho_session import SessionSettings
+from broker_bridge.link.session_settings import SessionSettings
 from broker_bridge.task.samples import preprocess
 from broker_bridge.task.taskfile import Standardise, Task, Window, decode_plan, decode_task
 from broker_bridge.wire.enrolment import Bundle

@@ -15,7 +15,7 @@ import pytest
 from broker_bridge.config import load_config, overridden
 from broker_bridge.errors import LinkError, LocalError
 from broker_bridge.link.access import Access, Login, ca_pem, credentials
-from broker_bridge.link.paho_session import SessionSettings
+from broker_bridge.link.session_settings import SessionSettings
 from broker_bridge.link.tls import TlsFiles
 from broker_bridge.wire.enrolment import SYSTEM_CA
 

@@ -16,9 +16,9 @@ from broker_bridge.errors import LinkError, LocalError
 from broker_bridge.link.base import Connected, Disconnected, Message
 from broker_bridge.link.local_broker import free_port
 from broker_bridge.link.paho_link import PahoLink
-from broker_bridge.link.paho_session import Options, SessionSettings
 from broker_bridge.link.poller import raise_file_limit
 from broker_bridge.link.queued_link import packet_bytes
+from broker_bridge.link.session_settings import Options, SessionSettings
 from broker_bridge.link.tls import TlsFiles
 from server.fleet.authority import Authority
 from tests.broker_bridge.link.proxy import Proxy

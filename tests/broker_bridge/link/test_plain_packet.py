@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from broker_bridge.limits import LIMITS
 from broker_bridge.link.base import Connected, Message
 from broker_bridge.link.paho_client import RECEIVED_PACKET_BYTES_MAX
-from broker_bridge.link.paho_session import SessionSettings
 from broker_bridge.link.plain_packet import (
     acknowledged_in,
     acknowledgement,
@@ -23,6 +22,7 @@ from broker_bridge.link.plain_packet import (
     is_plain,
     message_in,
 )
+from broker_bridge.link.session_settings import SessionSettings
 from tests.fuzz.answering import Driven, listener
 
 CONNACK = {"5.0": "2003000000", "3.1.1": "20020000"}

@@ -5,8 +5,8 @@ import time
 import pytest
 
 from broker_bridge.link.base import Connected, Message
-from broker_bridge.link.paho_session import SessionSettings
 from broker_bridge.link.poller import Poller
+from broker_bridge.link.session_settings import SessionSettings
 from tests.broker_bridge.link.reading import GIVE_UP_S, event_of
 
 MANY = 200

@@ -15,8 +15,8 @@ import pytest
 
 from broker_bridge.errors import LinkError
 from broker_bridge.link.paho_link import PahoLink
-from broker_bridge.link.paho_session import SessionSettings
 from broker_bridge.link.poller import Poller
+from broker_bridge.link.session_settings import SessionSettings
 from broker_bridge.link.tls import Failure, client_context
 from server.fleet.authority import Authority
 from tests.broker_bridge.link.reading import GIVE_UP_S, reason_of
