@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import paho.mqtt
 import paho.mqtt.client as mqtt
 
+from broker_bridge.link.failures import TRESPASS
 from broker_bridge.link.plain_packet import (
     acknowledged_in,
     acknowledgement,
@@ -24,10 +25,9 @@ from broker_bridge.link.plain_packet import (
 )
 from broker_bridge.link.queued_link import MIB
 
-__all__ = ["RECEIVED_PACKET_BYTES_MAX", "TRESPASS", "GatheringClient", "Taker"]
+__all__ = ["RECEIVED_PACKET_BYTES_MAX", "GatheringClient", "Taker"]
 
 RECEIVED_PACKET_BYTES_MAX = 1 * MIB
-TRESPASS = "it sent"  # begins what a broker did that no broker may
 _READ_BYTES = 64 * 1024
 _RECORD_BYTES = 16 * 1024  # of TLS (RFC 8446, 5.1), which gives one at a time
 _GATHERED_BYTES_MAX = 64 * 1024  # and one packet

@@ -26,7 +26,7 @@ import socket
 import ssl
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import paho.mqtt.client as mqtt
@@ -37,10 +37,20 @@ from paho.mqtt.reasoncodes import ReasonCode
 
 from broker_bridge.limits import LIMITS
 from broker_bridge.link.base import LinkLimits, Message
-from broker_bridge.link.paho_client import RECEIVED_PACKET_BYTES_MAX, TRESPASS, GatheringClient
+from broker_bridge.link.failures import (
+    UNSUPPORTED_VERSION,
+    Failure,
+    explain,
+    explain_goodbye,
+    explain_hang_up,
+    explain_refusal,
+    explain_silence,
+    explain_small_packets,
+    suspect_a_copy,
+)
+from broker_bridge.link.paho_client import RECEIVED_PACKET_BYTES_MAX, GatheringClient
 from broker_bridge.link.queued_link import GOODBYE_S, QueuedLink, packet_bytes
 from broker_bridge.link.session_settings import SessionSettings
-from broker_bridge.link.tls import Failure, explain, explain_refusal, explain_tls
 
 __all__ = ["Connection", "PahoSession"]
 
@@ -51,12 +61,6 @@ _UNSENT_DATA_TIMEOUT_MS = 30_000  # TCP gives up on a peer that acknowledges not
 _READS_AT_ONCE = 32  # before the owner hears what came
 _GOOD_DEAL_BYTES = 16 * 1024  # more than greetings and a few control messages
 _LOST_SOON_MAX = 3  # then it is said what may be behind it
-_ANOTHER = (
-    "again soon after it was made: is somebody else connected under our name, from a copy of this "
-    "card or folder? Stop one of the two"
-)
-_UNSUPPORTED_VERSION = (0x01, 0x84)  # MQTT 3.1.1 and MQTT 5 spelling
-_MAY_PASS = (0x03, 0x88, 0x89, 0x97, 0x9C, 0x9D, 0x9F)  # unavailable, busy, quota, moved, rate
 
 
 class _LastError(logging.Logger):
@@ -145,13 +149,7 @@ class PahoSession(QueuedLink):
             return False
         greeted = self._greeted(this)
         if not greeted and now > this.greeting_ends_s:
-            this.farewell.append(
-                Failure(
-                    f"{self._settings.where} accepted the connection but "
-                    "did not answer; is it an MQTT broker?",
-                    try_older_mqtt=True,
-                )
-            )
+            this.farewell.append(explain_silence(where=self._settings.where))
             return False
         return not self._say_goodbye(this.client, greeted, now)
 
@@ -208,7 +206,7 @@ class PahoSession(QueuedLink):
         if self._closing_since is not None:
             return 0.0
         greeted = self._greeted(this)
-        failure = this.farewell[0] if this.farewell else self._why_lost(this, greeted=greeted)
+        failure = this.farewell[0] if this.farewell else self._why_hung_up(this)
         if not greeted and self._choose_protocol(failure):
             return 0.0
         if greeted and not self._is_old and self._settings.protocol == "auto":
@@ -225,7 +223,7 @@ class PahoSession(QueuedLink):
             self._delay_s = self._settings.backoff_first_s
         self._lost_soon = self._lost_soon + 1 if greeted and not succeeded else 0
         if self._lost_soon >= _LOST_SOON_MAX:
-            failure = replace(failure, reason=f"{failure.reason}, {_ANOTHER}")
+            failure = suspect_a_copy(failure)
         self._report(failure)
         delay_s = self._delay_s * (0.5 + 0.5 * self._settings.random())
         self._delay_s = min(self._delay_s * 2, self._settings.backoff_max_s)
@@ -249,24 +247,13 @@ class PahoSession(QueuedLink):
                 self._down(failure.reason)
             self._changed.notify_all()
 
-    # ── Why a connection ended ──────────────────────────────────────────────────────────
-
-    def _why_lost(self, this: Connection, *, greeted: bool) -> Failure:
-        text, where = this.errors.text, self._settings.where
-        if "SSL" in text:
-            return explain_tls(text, where=where)
-        if TRESPASS in text:
-            return Failure(
-                f"hung up on the broker at {where}: "
-                f"{text[text.index(TRESPASS) :]}, which no broker may"
-            )
-        if greeted:
-            return Failure(f"the connection to {where} was lost")
-        if this.shook_hands:
-            perhaps = "after the TLS handshake; is it an MQTT broker that takes our certificate?"
-        else:
-            perhaps = "at once; is it an MQTT broker, and is TLS set there as it is here?"
-        return Failure(f"{where} hung up without a word {perhaps}", try_older_mqtt=True)
+    def _why_hung_up(self, this: Connection) -> Failure:
+        return explain_hang_up(
+            this.errors.text,
+            where=self._settings.where,
+            greeted=self._greeted(this),
+            shook_hands=this.shook_hands,
+        )
 
     def _make_client(self, errors: logging.Logger, farewell: list[Failure]) -> GatheringClient:
         settings = self._settings
@@ -412,32 +399,16 @@ class PahoSession(QueuedLink):
             if reason.is_failure:
                 farewell.append(self._why_refused(reason))
             elif (most := _packet_bytes_max(properties)) < LIMITS.packet_bytes_min:
-                farewell.append(self._too_small(most))
+                farewell.append(explain_small_packets(most, where=self._settings.where))
             else:
                 self._welcome(flags.session_present, properties)
 
         return on_connect
 
-    def _too_small(self, packet_bytes_max: int) -> Failure:
-        return Failure(
-            f"the broker at {self._settings.where} takes packets of at most "
-            f"{packet_bytes_max} bytes, and midge needs {LIMITS.packet_bytes_min}; raise its "
-            "limit (max_packet_size in mosquitto.conf)",
-            final=True,
-        )
-
     def _why_refused(self, reason: ReasonCode) -> Failure:
-        where = self._settings.where
-        if reason.value in _UNSUPPORTED_VERSION:
+        if reason.value in UNSUPPORTED_VERSION:
             self._is_old = self._protocol == "5.0"
-            return Failure(
-                f"the broker at {where} does not speak MQTT {self._protocol}", try_older_mqtt=True
-            )
-        said = explain_refusal(
-            reason.value, str(reason), where=where, client_id=self._settings.client_id,
-            username=self._settings.username, advice=self._settings.advice,
-        )  # fmt: skip
-        return Failure(said, final=reason.value not in _MAY_PASS)
+        return explain_refusal(reason.value, str(reason), self._settings, protocol=self._protocol)
 
     def _welcome(self, resumed: bool, properties: Properties | None) -> None:
         packet = _packet_bytes_max(properties)
@@ -494,7 +465,7 @@ def _on_disconnect(farewell: list[Failure]) -> Callable[..., None]:
         _properties: Any,
     ) -> None:
         if flags.is_disconnect_packet_from_server:
-            farewell.append(Failure(f"the broker ended the connection: {reason}"))
+            farewell.append(explain_goodbye(str(reason)))
 
     return on_disconnect
 

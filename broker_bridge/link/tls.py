@@ -1,29 +1,19 @@
-"""TLS towards the broker, and failures to connect put into words.
+"""TLS towards the broker.
 
-Promises: the broker's certificate and host name are always verified, TLS 1.2 is
-the least, and every way a connection can fail becomes one sentence that a person
-can act on. A machine whose clock may be wrong gives a time that it knows has passed
+Promises: the broker's certificate and host name are always verified, and TLS 1.2 is
+the least. A machine whose clock may be wrong gives a time that it knows has passed
 (`floor_s`), and the certificate's dates are held against that and never against the clock.
 Promises nothing about what the broker does with what it is sent: that
 is what sealing is for.
 """
 
-import socket
 import ssl
 from dataclasses import dataclass
 from pathlib import Path
 
 from broker_bridge.errors import LocalError
 
-__all__ = [
-    "Failure",
-    "TlsFiles",
-    "check_pair",
-    "client_context",
-    "explain",
-    "explain_refusal",
-    "explain_tls",
-]
+__all__ = ["TlsFiles", "check_pair", "client_context"]
 
 
 @dataclass(frozen=True)
@@ -39,15 +29,6 @@ class TlsFiles:
     certificate: Path | None = None
     key: Path | None = None
     floor_s: float | None = None
-
-
-@dataclass(frozen=True)
-class Failure:
-    """Why a connection failed. `final`: trying again without a person's help is no use."""
-
-    reason: str
-    final: bool = False
-    try_older_mqtt: bool = False
 
 
 # OpenSSL's X509_V_FLAG_NO_CHECK_TIME (1.1.0 and later), which `ssl` has no name for.
@@ -152,83 +133,3 @@ def _check_readable(path: Path, what: str) -> None:
         raise LocalError(
             f"the {what} {path} cannot be read ({error.strerror}); check owner and mode"
         ) from error
-
-
-def explain(error: OSError, *, host: str, port: int) -> Failure:
-    """Say why no connection to `host`:`port` came about."""
-    where = f"{host}:{port}"
-    if isinstance(error, ssl.SSLCertVerificationError):
-        return Failure(
-            f"the broker at {where} is not who it should be: {error.verify_message}; "
-            "check that the CA (`ca` under [broker]) belongs to this broker, that its certificate "
-            f"names {host!r}, and that this machine's clock is right",
-            final=True,
-        )
-    if isinstance(error, ssl.SSLError):
-        return explain_tls(str(error), where=where)
-    if isinstance(error, socket.gaierror):
-        return Failure(
-            f"no machine is called {host!r} ({error.strerror}); "
-            "check the broker's name and this machine's DNS"
-        )
-    if isinstance(error, ConnectionRefusedError):
-        return Failure(f"nothing listens at {where}; start the broker there or correct the port")
-    if isinstance(error, TimeoutError):
-        return Failure(f"no answer from {where}; check the address, the firewall and the network")
-    if isinstance(error, ConnectionResetError):
-        return Failure(
-            f"{where} hung up during the greeting; is it an MQTT broker, with TLS "
-            "set as it is here?"
-        )
-    return Failure(f"no connection to {where}: {error.strerror or error}")
-
-
-def explain_refusal(
-    code: int, reason: str, *, where: str, client_id: str, username: str | None, advice: str
-) -> str:
-    """Say what a broker meant that answered CONNECT with `code` (MQTT 5.0 §3.2.2.2; paho turns
-    those of 3.1.1 into these). Some say "not authorised" to a wrong password. `advice`: where a
-    person says otherwise who we are.
-    """
-    if code in _NOT_WHO and username is not None:
-        said = f"the broker at {where} refused the user name {username!r} or its password"
-        return f"{said} ({reason}); {advice or 'correct them'}"
-    said = f"the broker at {where} would not let {client_id!r} in: {reason}"
-    return f"{said}; {advice}" if advice else said
-
-
-_NOT_WHO = (0x86, 0x87)  # bad user name or password; not authorised
-
-
-def explain_tls(text: str, *, where: str) -> Failure:
-    """Say what OpenSSL meant by `text`."""
-    alert = text.upper().replace(" ", "_")
-    if "WRONG_VERSION_NUMBER" in alert or "RECORD_LAYER_FAILURE" in alert:
-        return Failure(
-            f"the broker at {where} does not speak TLS on this port; use its TLS port, or no TLS",
-            final=True,
-        )
-    if "CERTIFICATE_REQUIRED" in alert or "HANDSHAKE_FAILURE" in alert:
-        return Failure(
-            f"the broker at {where} wants a client certificate; name one and its key in [broker]",
-            final=True,
-        )
-    if any(word in alert for word in _REFUSED_ALERTS):
-        return Failure(
-            f"the broker at {where} refused our client certificate; it may be from "
-            "another CA, expired or revoked: enrol again, or show one that this broker knows",
-            final=True,
-        )
-    return Failure(f"TLS with {where} failed: {text}")
-
-
-_REFUSED_ALERTS = (
-    "UNKNOWN_CA",
-    "BAD_CERTIFICATE",
-    "CERTIFICATE_EXPIRED",
-    "CERTIFICATE_REVOKED",
-    "CERTIFICATE_UNKNOWN",
-    "UNSUPPORTED_CERTIFICATE",
-    "ACCESS_DENIED",
-    "DECRYPT_ERROR",
-)

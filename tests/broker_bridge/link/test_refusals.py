@@ -14,10 +14,11 @@ from contextlib import closing, suppress
 import pytest
 
 from broker_bridge.errors import LinkError
+from broker_bridge.link.failures import Failure
 from broker_bridge.link.paho_link import PahoLink
 from broker_bridge.link.poller import Poller
 from broker_bridge.link.session_settings import SessionSettings
-from broker_bridge.link.tls import Failure, client_context
+from broker_bridge.link.tls import client_context
 from server.fleet.authority import Authority
 from tests.broker_bridge.link.reading import GIVE_UP_S, reason_of
 
