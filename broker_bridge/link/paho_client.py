@@ -1,4 +1,5 @@
-"""paho's MQTT client, with bounds on what it takes in, and few system calls.
+"""paho's MQTT client, made for one connection, with bounds on what it takes in, and few system
+calls.
 
 paho reads a packet in three or four pieces and writes each packet by itself: over TLS that
 is a record, a segment and a wake-up of the broker for every acknowledgement of four bytes.
@@ -7,12 +8,17 @@ The two packets that come and go by the thousand (`plain_packet.py`) never reach
 it is not the paho that was tried. docs/decisions/0131 and 0134 have the figures.
 """
 
+import logging
+import socket
 import ssl
 import time
 from typing import Any, Protocol
 
 import paho.mqtt
 import paho.mqtt.client as mqtt
+from paho.mqtt.enums import CallbackAPIVersion
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
 
 from broker_bridge.link.failures import TRESPASS
 from broker_bridge.link.plain_packet import (
@@ -24,11 +30,13 @@ from broker_bridge.link.plain_packet import (
     message_in,
 )
 from broker_bridge.link.queued_link import MIB
+from broker_bridge.link.session_settings import SessionSettings
 
 __all__ = ["RECEIVED_PACKET_BYTES_MAX", "GatheringClient", "Taker"]
 
 RECEIVED_PACKET_BYTES_MAX = 1 * MIB
 _READ_BYTES = 64 * 1024
+_UNSENT_DATA_TIMEOUT_MS = 30_000  # TCP gives up on a peer that acknowledges nothing
 _RECORD_BYTES = 16 * 1024  # of TLS (RFC 8446, 5.1), which gives one at a time
 _GATHERED_BYTES_MAX = 64 * 1024  # and one packet
 _TRIED = "2.2."  # of paho; another reads and writes every packet itself
@@ -51,15 +59,24 @@ class Taker(Protocol):
         """The broker answered a publish."""
 
 
+class _LastError(logging.Logger):
+    """Keeps what paho only logs: the TLS alert or socket error behind "connection lost"."""
+
+    text = ""
+
+    def handle(self, record: logging.LogRecord) -> None:
+        self.text = record.getMessage()
+
+
 class GatheringClient(mqtt.Client):
-    """A client for an owner who calls `read`, `loop_write`, `loop_misc` and `flush`.
+    """A client for an owner who calls `dial`, `read`, `loop_write`, `loop_misc` and `flush`.
 
     paho's own would take any packet, 256 MB long, and keep each one of QoS 2. CONNECT says
     that we take no more than `RECEIVED_PACKET_BYTES_MAX`, and every SUBSCRIBE asks for
     QoS 1: a broker that does otherwise is hung up on before it is given memory.
     """
 
-    def __init__(self, taker: Taker, *arguments: Any, **options: Any) -> None:
+    def __init__(self, taker: Taker, settings: SessionSettings, *, protocol: str) -> None:
         self.takes_plain = paho.mqtt.__version__.startswith(_TRIED)
         self._taker = taker
         self._unread = b""
@@ -68,7 +85,51 @@ class GatheringClient(mqtt.Client):
         self._is_cut = False  # the unread bytes are the beginning of one plain packet
         self._error: OSError | None = None  # of a read, for paho to find
         self._gathered = bytearray()
-        super().__init__(*arguments, **options)
+        v5 = protocol == "5.0"
+        super().__init__(
+            CallbackAPIVersion.VERSION2,
+            client_id=settings.client_id,
+            clean_session=None if v5 else settings.session_s == 0,
+            protocol=mqtt.MQTTv5 if v5 else mqtt.MQTTv311,
+            reconnect_on_failure=False,
+            manual_ack=True,
+        )
+        self._settings = settings
+        self._errors = _LastError("paho", logging.ERROR)
+        self._configure()
+
+    def _configure(self) -> None:
+        settings, v5 = self._settings, self._protocol == mqtt.MQTTv5
+        self.enable_logger(self._errors)
+        self.connect_timeout = settings.connect_timeout_s
+        # The session bounds both, before paho sees a publish.
+        self.max_inflight_messages_set(0)
+        self.max_queued_messages_set(0)
+        if settings.tls is not None:
+            self.tls_set_context(settings.tls)
+        if settings.username is not None:
+            self.username_pw_set(settings.username, settings.password)
+        if (will := settings.will) is not None:
+            properties = _will_properties(settings) if v5 else None
+            self.will_set(
+                will.topic, will.payload, qos=1, retain=will.retained, properties=properties
+            )
+        self.on_socket_open = _tune_socket
+
+    def dial(self) -> None:
+        """Look the broker up, connect, shake hands, send CONNECT. Blocks; raises OSError."""
+        settings = self._settings
+        options: dict[str, Any] = {}
+        if self._protocol == mqtt.MQTTv5:
+            properties = _connect_properties(settings)
+            options = {"clean_start": settings.session_s == 0, "properties": properties}
+        self.connect_async(settings.host, settings.port, settings.keepalive_s, **options)
+        self.reconnect()
+
+    @property
+    def last_error(self) -> str:
+        """What paho logged last, and says in no other way."""
+        return self._errors.text
 
     def has_unread(self) -> bool:
         """Whether bytes wait here that no `poll` would tell of."""
@@ -228,3 +289,28 @@ class GatheringClient(mqtt.Client):
     def _sock_close(self) -> None:
         self.flush()  # the goodbye
         super()._sock_close()
+
+
+def _connect_properties(settings: SessionSettings) -> Properties:
+    properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
+    properties.SessionExpiryInterval = settings.session_s
+    # Unacknowledged messages the broker may have on the way to us: with manual
+    # acknowledgement this is what slows a sender down to our pace.
+    properties.ReceiveMaximum = settings.receive_max
+    properties.MaximumPacketSize = RECEIVED_PACKET_BYTES_MAX
+    return properties
+
+
+def _will_properties(settings: SessionSettings) -> Properties | None:
+    if settings.will_delay_s == 0:
+        return None
+    properties = Properties(PacketTypes.WILLMESSAGE)  # type: ignore[no-untyped-call]
+    properties.WillDelayInterval = settings.will_delay_s
+    return properties
+
+
+def _tune_socket(_client: Any, _userdata: Any, sock: Any) -> None:
+    # Acknowledgements are small; waiting to fill a segment would cost 40 ms each.
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _UNSENT_DATA_TIMEOUT_MS)

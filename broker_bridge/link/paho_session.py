@@ -7,8 +7,8 @@ What the broker had not acknowledged is handed to the next connection. docs/deci
 why.
 
 A session goes through `_begin`, `_dial`, then `_prepare` and `_work` for as long as
-`_goes_on`, and `_end`, which says how long to stay away. Only `_dial` blocks. `paho_link`
-drives one session with a thread of its own, `poller` drives thousands with one.
+`_goes_on`, and `_end`, which says how long to stay away (`attempts`). Only `_dial` blocks.
+`paho_link` drives one session with a thread of its own, `poller` drives thousands with one.
 
 Promises what `link.base` promises. Messages wait for their owner in a bounded queue: when
 it is full we stop reading the socket, so the broker waits and nothing is lost. Does not
@@ -22,20 +22,18 @@ word is noticed within 2.5 keep-alives, or after 30 s when there was something t
 """
 
 import logging
-import socket
 import ssl
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import paho.mqtt.client as mqtt
-from paho.mqtt.enums import CallbackAPIVersion
-from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
 from broker_bridge.limits import LIMITS
+from broker_bridge.link.attempts import Attempts
 from broker_bridge.link.base import LinkLimits, Message
 from broker_bridge.link.failures import (
     UNSUPPORTED_VERSION,
@@ -46,7 +44,6 @@ from broker_bridge.link.failures import (
     explain_refusal,
     explain_silence,
     explain_small_packets,
-    suspect_a_copy,
 )
 from broker_bridge.link.paho_client import RECEIVED_PACKET_BYTES_MAX, GatheringClient
 from broker_bridge.link.queued_link import GOODBYE_S, QueuedLink, packet_bytes
@@ -57,19 +54,7 @@ __all__ = ["Connection", "PahoSession"]
 log = logging.getLogger(__name__)
 
 _FILTERS_PER_SUBSCRIBE = 8  # what AWS IoT Core takes in one packet
-_UNSENT_DATA_TIMEOUT_MS = 30_000  # TCP gives up on a peer that acknowledges nothing
 _READS_AT_ONCE = 32  # before the owner hears what came
-_GOOD_DEAL_BYTES = 16 * 1024  # more than greetings and a few control messages
-_LOST_SOON_MAX = 3  # then it is said what may be behind it
-
-
-class _LastError(logging.Logger):
-    """Keeps what paho only logs: the TLS alert or socket error behind "connection lost"."""
-
-    text = ""
-
-    def handle(self, record: logging.LogRecord) -> None:
-        self.text = record.getMessage()
 
 
 @dataclass
@@ -77,11 +62,11 @@ class Connection:
     """One connection, from before it is dialled until it has ended."""
 
     client: GatheringClient
-    errors: "_LastError"
     farewell: list[Failure]
     connections_before: int
+    carried_bytes_before: int
     began_s: float
-    greeting_ends_s: float = field(default=0.0)
+    greeting_ends_s: float = 0.0
     shook_hands: bool = False  # TLS is up; in TLS 1.3 our certificate may yet be refused
 
     @property
@@ -99,49 +84,45 @@ class PahoSession(QueuedLink):
     """See `link.base.Link`. Subclasses wait for sockets and for time to pass."""
 
     def __init__(self, settings: SessionSettings) -> None:
-        self._protocol = "3.1.1" if settings.protocol == "3.1.1" else "5.0"
+        self._attempts = Attempts(settings)
         super().__init__(
-            protocol=self._protocol,
+            protocol=self._attempts.protocol,
             receive_queue_bytes_max=settings.receive_queue_bytes_max,
             send_queue_bytes_max=settings.send_queue_bytes_max,
         )
         self._settings = settings
         self._failure: Failure | None = None
         self._final_failure: Failure | None = None  # stands, until a connection comes about
-        self._carried_before = 0
-        self._is_old = False  # the broker said that it does not speak MQTT 5
-        self._delay_s = settings.backoff_first_s
-        self._lost_soon = 0  # connections in a row that the broker ended soon after it took them
         self._next_publish_s = 0.0  # when `publishes_per_s` lets the next one go
 
     # ── One connection, step by step ────────────────────────────────────────────────────
 
     def _begin(self) -> Connection:
         """Prepare a connection; nothing is sent yet."""
-        errors = _LastError("paho", logging.ERROR)
+        client = GatheringClient(self, self._settings, protocol=self._attempts.protocol)
         farewell: list[Failure] = []
-        self._carried_before = self.bytes_sent + self.bytes_received
+        client.on_connect = partial(self._on_connect, farewell)
+        client.on_disconnect = partial(_on_disconnect, farewell)
+        client.on_message = self._on_message
+        client.on_publish = self._on_publish
+        client.on_subscribe = self._on_subscribe
         return Connection(
-            self._make_client(errors, farewell),
-            errors,
+            client,
             farewell,
-            self.connections,
-            time.monotonic(),
+            connections_before=self.connections,
+            carried_bytes_before=self.bytes_sent + self.bytes_received,
+            began_s=time.monotonic(),
         )
 
     def _dial(self, this: Connection) -> None:
         """Look the broker up, connect, shake hands, send CONNECT. Blocks; uses no lock."""
-        settings = self._settings
         try:
-            this.client.connect_async(
-                settings.host, settings.port, settings.keepalive_s, **self._session_options()
-            )
-            this.client.reconnect()
+            this.client.dial()
             this.shook_hands = isinstance(this.socket, ssl.SSLSocket)
             this.client.flush()
         except OSError as error:
             self._broken(this, error)
-        this.greeting_ends_s = time.monotonic() + settings.connect_timeout_s
+        this.greeting_ends_s = time.monotonic() + self._settings.connect_timeout_s
 
     def _goes_on(self, this: Connection, now: float) -> bool:
         """Whether there is still something to wait for. While closing, says goodbye."""
@@ -205,36 +186,15 @@ class PahoSession(QueuedLink):
         self._take_back()
         if self._closing_since is not None:
             return 0.0
-        greeted = self._greeted(this)
-        failure = this.farewell[0] if this.farewell else self._why_hung_up(this)
-        if not greeted and self._choose_protocol(failure):
-            return 0.0
-        if greeted and not self._is_old and self._settings.protocol == "auto":
-            # A broker that was just going down may have hung up on MQTT 5, too. Only that
-            # tells how large a packet may be, so it is tried first each time.
-            self._protocol = "5.0"
-        # A connection that outlived the wait before it, or carried a good deal over a bad line,
-        # was a success. One that did not (two clients of one name throwing each other out)
-        # must not start again at once.
-        carried = self.bytes_sent + self.bytes_received - self._carried_before
-        lasted = time.monotonic() - this.began_s > self._delay_s
-        succeeded = greeted and (lasted or carried >= _GOOD_DEAL_BYTES)
-        if succeeded:
-            self._delay_s = self._settings.backoff_first_s
-        self._lost_soon = self._lost_soon + 1 if greeted and not succeeded else 0
-        if self._lost_soon >= _LOST_SOON_MAX:
-            failure = suspect_a_copy(failure)
-        self._report(failure)
-        delay_s = self._delay_s * (0.5 + 0.5 * self._settings.random())
-        self._delay_s = min(self._delay_s * 2, self._settings.backoff_max_s)
+        failure, delay_s = self._attempts.ended(
+            this.farewell[0] if this.farewell else self._why_hung_up(this),
+            greeted=self._greeted(this),
+            lasted_s=time.monotonic() - this.began_s,
+            carried_bytes=self.bytes_sent + self.bytes_received - this.carried_bytes_before,
+        )
+        if failure is not None:
+            self._report(failure)
         return delay_s
-
-    def _choose_protocol(self, failure: Failure) -> bool:
-        """Change between MQTT 5 and 3.1.1 if that may help; say whether to try at once."""
-        if self._settings.protocol != "auto" or not failure.try_older_mqtt:
-            return False
-        self._protocol = "3.1.1" if self._protocol == "5.0" else "5.0"
-        return self._protocol == "3.1.1"
 
     def _report(self, failure: Failure) -> None:
         with self._changed:
@@ -249,66 +209,13 @@ class PahoSession(QueuedLink):
 
     def _why_hung_up(self, this: Connection) -> Failure:
         return explain_hang_up(
-            this.errors.text,
+            this.client.last_error,
             where=self._settings.where,
             greeted=self._greeted(this),
             shook_hands=this.shook_hands,
         )
 
-    def _make_client(self, errors: logging.Logger, farewell: list[Failure]) -> GatheringClient:
-        settings = self._settings
-        v5 = self._protocol == "5.0"
-        client = GatheringClient(
-            self,
-            CallbackAPIVersion.VERSION2,
-            client_id=settings.client_id,
-            clean_session=None if v5 else settings.session_s == 0,
-            protocol=mqtt.MQTTv5 if v5 else mqtt.MQTTv311,
-            reconnect_on_failure=False,
-            manual_ack=True,
-        )
-        client.enable_logger(errors)
-        client.connect_timeout = settings.connect_timeout_s
-        # We bound both ourselves, before paho sees a publish.
-        client.max_inflight_messages_set(0)
-        client.max_queued_messages_set(0)
-        if settings.tls is not None:
-            client.tls_set_context(settings.tls)
-        if settings.username is not None:
-            client.username_pw_set(settings.username, settings.password)
-        if settings.will is not None:
-            client.will_set(
-                settings.will.topic,
-                settings.will.payload,
-                qos=1,
-                retain=settings.will.retained,
-                properties=self._will_properties(),
-            )
-        client.on_connect = self._on_connect(farewell)
-        client.on_disconnect = _on_disconnect(farewell)
-        client.on_message = self._on_message
-        client.on_publish = self._on_publish
-        client.on_subscribe = self._on_subscribe
-        client.on_socket_open = _tune_socket
-        return client
-
-    def _will_properties(self) -> Properties | None:
-        if self._protocol != "5.0" or self._settings.will_delay_s == 0:
-            return None
-        properties = Properties(PacketTypes.WILLMESSAGE)  # type: ignore[no-untyped-call]
-        properties.WillDelayInterval = self._settings.will_delay_s
-        return properties
-
-    def _session_options(self) -> dict[str, Any]:
-        if self._protocol != "5.0":
-            return {}
-        properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
-        properties.SessionExpiryInterval = self._settings.session_s
-        # Unacknowledged messages the broker may have on the way to us: with manual
-        # acknowledgement this is what slows a sender down to our pace.
-        properties.ReceiveMaximum = self._settings.receive_max
-        properties.MaximumPacketSize = RECEIVED_PACKET_BYTES_MAX
-        return {"clean_start": self._settings.session_s == 0, "properties": properties}
+    # ── What goes out ───────────────────────────────────────────────────────────────────
 
     def _say_goodbye(self, client: GatheringClient, greeted: bool, now: float) -> bool:
         """While closing: wait for acknowledgements, give ours, disconnect. True: hang up."""
@@ -386,29 +293,30 @@ class PahoSession(QueuedLink):
         self._refuse(message.topic, f"{size} bytes exceed its new limit")
         return False
 
-    # paho's callbacks follow; all run on the network thread.
+    # ── What comes in: paho calls these, on the network thread ──────────────────────────
 
-    def _on_connect(self, farewell: list[Failure]) -> Callable[..., None]:
-        def on_connect(
-            _client: Any,
-            _userdata: Any,
-            flags: mqtt.ConnectFlags,
-            reason: ReasonCode,
-            properties: Properties | None,
-        ) -> None:
-            if reason.is_failure:
-                farewell.append(self._why_refused(reason))
-            elif (most := _packet_bytes_max(properties)) < LIMITS.packet_bytes_min:
-                farewell.append(explain_small_packets(most, where=self._settings.where))
-            else:
-                self._welcome(flags.session_present, properties)
-
-        return on_connect
+    def _on_connect(
+        self,
+        farewell: list[Failure],
+        _client: Any,
+        _userdata: Any,
+        flags: mqtt.ConnectFlags,
+        reason: ReasonCode,
+        properties: Properties | None,
+    ) -> None:
+        if reason.is_failure:
+            farewell.append(self._why_refused(reason))
+        elif (most := _packet_bytes_max(properties)) < LIMITS.packet_bytes_min:
+            farewell.append(explain_small_packets(most, where=self._settings.where))
+        else:
+            self._welcome(flags.session_present, properties)
 
     def _why_refused(self, reason: ReasonCode) -> Failure:
         if reason.value in UNSUPPORTED_VERSION:
-            self._is_old = self._protocol == "5.0"
-        return explain_refusal(reason.value, str(reason), self._settings, protocol=self._protocol)
+            self._attempts.version_refused()
+        return explain_refusal(
+            reason.value, str(reason), self._settings, protocol=self._attempts.protocol
+        )
 
     def _welcome(self, resumed: bool, properties: Properties | None) -> None:
         packet = _packet_bytes_max(properties)
@@ -416,7 +324,8 @@ class PahoSession(QueuedLink):
         packet = min(packet, self._settings.packet_bytes_max or packet)
         with self._changed:
             self._failure = self._final_failure = None
-            limits = LinkLimits(packet, min(inflight, self._settings.inflight_max), self._protocol)
+            inflight = min(inflight, self._settings.inflight_max)
+            limits = LinkLimits(packet, inflight, self._attempts.protocol)
             self._up(limits, resumed=resumed)
 
     def _on_message(self, client: mqtt.Client, _userdata: Any, message: mqtt.MQTTMessage) -> None:
@@ -456,25 +365,16 @@ def _packet_bytes_max(properties: Properties | None) -> int:
     return int(getattr(properties, "MaximumPacketSize", LIMITS.packet_bytes_max))
 
 
-def _on_disconnect(farewell: list[Failure]) -> Callable[..., None]:
-    def on_disconnect(
-        _client: Any,
-        _userdata: Any,
-        flags: mqtt.DisconnectFlags,
-        reason: ReasonCode,
-        _properties: Any,
-    ) -> None:
-        if flags.is_disconnect_packet_from_server:
-            farewell.append(explain_goodbye(str(reason)))
-
-    return on_disconnect
-
-
-def _tune_socket(_client: Any, _userdata: Any, sock: Any) -> None:
-    # Acknowledgements are small; waiting to fill a segment would cost 40 ms each.
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    if hasattr(socket, "TCP_USER_TIMEOUT"):
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _UNSENT_DATA_TIMEOUT_MS)
+def _on_disconnect(
+    farewell: list[Failure],
+    _client: Any,
+    _userdata: Any,
+    flags: mqtt.DisconnectFlags,
+    reason: ReasonCode,
+    _properties: Any,
+) -> None:
+    if flags.is_disconnect_packet_from_server:
+        farewell.append(explain_goodbye(str(reason)))
 
 
 def _batches(filters: list[str]) -> list[list[str]]:

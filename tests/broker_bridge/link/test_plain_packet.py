@@ -329,7 +329,7 @@ def test_a_broker_that_trespasses_is_hung_up_on_before_it_is_given_memory(trespa
     peer.hear(plain_before + trespass, b"y" * 1000)
     assert peer.this.socket is None
     assert len(peer.this.client._in_packet["packet"]) == 0
-    assert "it sent" in peer.this.errors.text
+    assert "it sent" in peer.this.client.last_error
     assert peer.messages() == [("a", b"x")] * bool(plain_before)
 
 
