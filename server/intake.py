@@ -116,6 +116,7 @@ class Intake:
         incoming = self.uploads.get(header.transfer)
         if incoming is None or incoming.device != device:
             raise PeerError("unasked_upload", f"{device} sent a chunk that nobody asked for")
+        incoming.layout.check(header, chunk)
         body = header.open_(chunk, incoming.key)
         if self._spool.put(header, chunk):
             self._remember(incoming, header.index, body, chunk[-AEAD_TAG_BYTES:])
