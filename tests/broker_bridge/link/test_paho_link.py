@@ -312,6 +312,10 @@ def test_a_publish_whose_turn_came_while_nobody_looked_is_not_left_lying(plain_b
 def test_a_reader_that_does_not_acknowledge_is_sent_no_more_than_its_window(plain_broker, links):
     broker = plain_broker()
     reader = subscribed(links(broker.port, "reader", receive_max=4), "bulk", echo="echo/r")
+    # The echo's acknowledgement goes first: mosquitto 2.0 counts one that comes when more than
+    # the window waits already as room for two.
+    reader.publish("elsewhere", b"")
+    assert reader.flush(GIVE_UP_S)
     writer = links(broker.port, "writer")
     for i in range(50):
         writer.publish("bulk", b"%d" % i)
