@@ -27,6 +27,7 @@ __all__ = ["DAYS_WARNING", "Broker", "certificate", "certificate_dates"]
 
 DAYS_WARNING = 30  # a certificate that ends sooner
 _ANSWER_S = 5.0
+_INFLIGHT_MAX = 65_535  # what a broker may say (MQTT 5.0 §3.2.2.3.3); so we hear what it does
 
 
 # ── Certificates ────────────────────────────────────────────────────────────────────────
@@ -109,7 +110,9 @@ class Broker:
 
     def connect(self, access: Access | None = None, *, wait_s: float = 3.0) -> PahoLink:
         """A connection that leaves nothing behind. Raises LinkError, LocalError."""
-        return (access or self.access).open(self.name, session_s=0, wait_s=wait_s)
+        return (access or self.access).open(
+            self.name, session_s=0, wait_s=wait_s, inflight_max=_INFLIGHT_MAX
+        )
 
     def reach(self) -> Iterator[Finding]:
         """Whether it lets us in, and what it takes."""
@@ -206,7 +209,7 @@ def _first_message(link: PahoLink) -> Message | None:
 def _limits(limits: LinkLimits) -> Iterator[Finding]:
     said = (
         f"MQTT {limits.protocol}, packets up to {limits.packet_bytes_max:,} bytes, "
-        f"{limits.inflight_max} in flight"
+        f"{limits.inflight_max:,} in flight"
     )
     if limits.protocol != "5.0":
         yield Finding(

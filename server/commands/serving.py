@@ -18,6 +18,7 @@ from broker_bridge.disk import alone, disk_errors
 from broker_bridge.errors import LocalError
 from broker_bridge.limits import LIMITS
 from broker_bridge.link.base import Message
+from broker_bridge.link.paho_link import PahoLink
 from broker_bridge.systemd import Supervisor
 from broker_bridge.wire import messages
 from broker_bridge.wire.messages import (
@@ -31,13 +32,13 @@ from server.events import Rules
 from server.fleet.backup import remove_leftovers
 from server.fleet.enrolment import Registrar
 from server.fleet.expulsion import complete
-from server.fleet.home import Home
+from server.fleet.home import Home, ServerKeys
 from server.ledger import Ledger
 from server.quotas import Quotas, Shares
 from server.service import Service
 from server.store.database import Database
 
-__all__ = ["serve", "server_command"]
+__all__ = ["connected", "serve", "server_command"]
 
 _COLLECT_AFTER = 20_000  # objects more than before; an update makes a few dozen for a moment
 _KEPT_BYTES = 16 * 1024 * 1024
@@ -88,14 +89,7 @@ def serve(home: Home, config: ServerConfig, ledger: Ledger, stopped: Any) -> Non
     for path in config.tasks:
         if not Path(path).is_file():
             raise LocalError(f"there is no task file {path}; correct the path")
-    topics = Topics(ledger.keys.federation)
-    link = home.access("server", config).open(
-        SERVER, seed=ledger.keys.sign_seed,
-        will=Message(topics.srv, messages.encode_json(ServerPresence(state="lost")), retained=True),
-        keepalive_s=config.broker.keepalive_s, wait_s=10.0, protocol=config.broker.mqtt,
-        packet_bytes_max=config.broker.packet_bytes_max, inflight_max=config.broker.inflight_max,
-        publishes_per_s=config.broker.publishes_per_s,
-    )  # fmt: skip
+    link = connected(home, config, ledger.keys)
     rounds = config.rounds
     rules = Rules(
         target=rounds.target, quorum=rounds.quorum, deadline_s=rounds.deadline_s,
@@ -117,6 +111,18 @@ def serve(home: Home, config: ServerConfig, ledger: Ledger, stopped: Any) -> Non
         service.run(Supervisor().watched(stopped, lambda: coordinator.detail))
     finally:
         link.close()
+
+
+def connected(home: Home, config: ServerConfig, keys: ServerKeys) -> PahoLink:
+    """A link whose will says that the server was lost. Raises LinkError, LocalError."""
+    lost = messages.encode_json(ServerPresence(state="lost"))
+    return home.access("server", config).open(
+        SERVER, seed=keys.sign_seed,
+        will=Message(Topics(keys.federation).srv, lost, retained=True),
+        keepalive_s=config.broker.keepalive_s, wait_s=10.0, protocol=config.broker.mqtt,
+        packet_bytes_max=config.broker.packet_bytes_max, inflight_max=config.broker.inflight_max,
+        publishes_per_s=config.broker.publishes_per_s,
+    )  # fmt: skip
 
 
 def _spare_the_memory() -> None:

@@ -1,9 +1,12 @@
 """The device's settings: what may stand in `device.toml`."""
 
+import re
+
 import pytest
 
 from broker_bridge.config import load_config
 from broker_bridge.errors import LocalError
+from broker_bridge.limits import LIMITS
 from device_client.config import EXAMPLE, DeviceConfig
 
 
@@ -15,6 +18,14 @@ def config(tmp_path, text):
 
 def test_the_file_that_a_device_leaves_for_its_owner_means_the_defaults(tmp_path):
     assert config(tmp_path, EXAMPLE) == DeviceConfig()
+
+
+def test_each_number_that_the_file_shows_is_the_default(tmp_path):
+    tables_and_numbers = re.findall(
+        r"^(?:# )?(\[\w+\]|\w+ = [\d.]+)(?: +#.*)?$", EXAMPLE, re.MULTILINE
+    )
+    assert config(tmp_path, "\n".join(tables_and_numbers)) == DeviceConfig()
+    assert f"inflight_max = {LIMITS.inflight_max}" in tables_and_numbers
 
 
 def test_what_its_owner_writes_is_taken(tmp_path):

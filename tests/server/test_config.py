@@ -1,8 +1,14 @@
 """The server's settings: the file that `midge init` writes, and what may stand in it."""
 
+import contextlib
+import re
+
+import msgspec
 import pytest
 
 from broker_bridge.errors import LocalError
+from broker_bridge.limits import LIMITS
+from server.commands.serving import connected
 from server.config import EXAMPLE, ServerConfig
 from server.fleet.home import Home
 
@@ -17,6 +23,26 @@ def test_the_file_that_init_writes_means_the_defaults(tmp_path):
     assert config(tmp_path, text) == ServerConfig()
 
 
+def test_each_number_that_the_file_shows_is_the_default(tmp_path):
+    tables_and_numbers = re.findall(r"^(?:# )?(\[\w+\]|\w+ = [\d.]+)$", EXAMPLE, re.MULTILINE)
+    found = config(tmp_path, "\n".join(tables_and_numbers))
+    default = ServerConfig()
+    # What is left out of [training] is the task's own.
+    assert msgspec.structs.replace(found, training=default.training) == default
+    assert f"inflight_max = {LIMITS.server_inflight_max}" in tables_and_numbers
+
+
+@pytest.mark.parametrize(("setting", "window"), [("", 200), ("inflight_max = 3", 3)])
+def test_the_server_has_as_many_publishes_on_their_way_as_it_is_set_to(fleets, setting, window):
+    """The shipped mosquitto.conf allows all of them."""
+    fleet = fleets()
+    fleet.broker.start()
+    path = fleet.home.folder / "midge.toml"
+    path.write_text(f"[broker]\nhost = 'localhost'\nport = {fleet.port}\n{setting}\n")
+    with contextlib.closing(connected(fleet.home, fleet.home.config(), fleet.home.keys())) as link:
+        assert (link.limits.inflight_max, link.room()) == (window, window)
+
+
 def test_every_number_has_bounds(tmp_path):
     for text in (
         "models_kept = 0",
@@ -25,6 +51,7 @@ def test_every_number_has_bounds(tmp_path):
         "[broker]\npacket_bytes_max = 1023",
         "[broker]\npacket_bytes_max = 61441",
         "[broker]\ninflight_max = 0",
+        "[broker]\ninflight_max = 201",
         "[broker]\npublishes_per_s = -1",
         "[broker]\nmqtt = 5",
         "[rounds]\ntarget = -1",

@@ -82,7 +82,7 @@ def test_a_healthy_fleet_is_all_ok(healthy):
         "cert broker", "cert server", "cert operator", "database", "settings", "tasks", "broker",
         "broker limits", "strangers", "access rules", "retained", "persistence",
     } == {f.check for f in findings}  # fmt: skip
-    assert "262,144 bytes, 20 in flight" in of(findings, "broker limits").found
+    assert "262,144 bytes, 200 in flight" in of(findings, "broker limits").found
     assert "wearables" in of(findings, "tasks").found
 
 
