@@ -19,8 +19,10 @@ class Limits:
     packet_overhead_bytes: int = 256  # MQTT headers, topic and properties
     control_bytes_max: int = 64 * KIB  # any message but a chunk
 
-    inflight_max: int = 20  # unacknowledged publishes of a device, unless CONNACK says less
-    server_inflight_max: int = 200  # and of the server, which answers all of them
+    # Unacknowledged publishes of a device, and of whoever speaks to a broker that does not say how
+    # many it takes; and of the server, which answers all devices, where CONNACK allows it.
+    inflight_max: int = 20
+    server_inflight_max: int = 200
     send_queue_messages_max: int = 4096  # publishes waiting for the network
     receive_queue_messages_max: int = 1024  # messages waiting for the loop
 

@@ -139,7 +139,8 @@ port = {port}
 # mqtt = "auto"
 # What the broker takes, for brokers that do not say (MQTT 3.1.1) or discard what comes faster;
 # docs/brokers.md has their figures. Models and updates are cut into packets of this size, and
-# devices hear of it. 0 publishes in a second: as many as the broker acknowledges.
+# devices hear of it. No more than inflight_max publishes wait for the broker's answer, and no more
+# than 20 where it does not say. 0 publishes in a second: as many as the broker acknowledges.
 # packet_bytes_max = 61440
 # inflight_max = 200
 # publishes_per_s = 0.0

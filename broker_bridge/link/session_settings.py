@@ -40,7 +40,7 @@ class SessionSettings:
     protocol: Literal["auto", "5.0", "3.1.1"] = "auto"
     # What we hold to where the broker does not say (MQTT 3.1.1) or allows more than is wanted.
     packet_bytes_max: int | None = None
-    inflight_max: int = LIMITS.inflight_max
+    inflight_max: int = LIMITS.inflight_max  # which nobody goes beyond unless the broker says so
     publishes_per_s: float = 0.0  # 0: as fast as they are acknowledged
     random: Callable[[], float] = _random.random
 

@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from broker_bridge.limits import LIMITS
 from broker_bridge.link.base import Message
 from broker_bridge.link.paho_link import PahoLink
 from broker_bridge.wire import messages
@@ -24,12 +25,10 @@ class Wires:
 
     def __init__(
         self, port: int, *, protocol: Version, packet_bytes_max: int | None = None,
-        inflight_max: int = 20,
+        inflight_max: int | None = None,
     ) -> None:  # fmt: skip
         self._port, self._protocol = port, protocol
-        self._options: dict[str, Any] = {
-            "packet_bytes_max": packet_bytes_max, "inflight_max": inflight_max,
-        }  # fmt: skip
+        self._packet_bytes_max, self._inflight_max = packet_bytes_max, inflight_max
         self._began_s = time.monotonic()
         self.wills: dict[str, Message] = {}  # of those who connect without naming one
         self.open: list[tuple[str, PahoLink, Tap]] = []
@@ -41,11 +40,13 @@ class Wires:
     def connect(self, name: str, *, will: Message | None = None, session_s: int = 600) -> PahoLink:
         tap = Tap(self._port)
         # Only the server is told how large a packet may be: it tells the devices.
-        options = self._options | ({} if name == "midge-server" else {"packet_bytes_max": None})
+        is_server = name == "midge-server"
+        window = LIMITS.server_inflight_max if is_server else LIMITS.inflight_max
         link = PahoLink.open(
             "127.0.0.1", tap.port, client_id=name, will=will or self.wills.get(name),
             session_s=session_s, protocol=self._protocol, backoff_first_s=0.05,
-            backoff_max_s=0.3, wait_s=30, **options,
+            backoff_max_s=0.3, wait_s=30, inflight_max=self._inflight_max or window,
+            packet_bytes_max=self._packet_bytes_max if is_server else None,
         )  # fmt: skip
         self.open.append((name, link, tap))
         return link
@@ -75,7 +76,7 @@ class Federation(World):
 
     def __init__(
         self, folder: Path, broker: Broker, *, protocol: Version, packet_bytes_max: int,
-        inflight_max: int = 20,
+        inflight_max: int | None = None,
     ) -> None:  # fmt: skip
         self.process = broker
 

@@ -13,6 +13,7 @@ import time
 import pytest
 
 from broker_bridge.errors import LinkError, LocalError
+from broker_bridge.limits import LIMITS
 from broker_bridge.link.base import Connected, Disconnected, Message
 from broker_bridge.link.local_broker import free_port
 from broker_bridge.link.paho_link import PahoLink
@@ -327,6 +328,13 @@ def test_a_reader_that_does_not_acknowledge_is_sent_no_more_than_its_window(plai
     writer.publish("bulk", b"end")
     rest = messages_until(reader, b"end")
     assert [int(m.payload) for m in held + rest] == list(range(50))
+
+
+@VERSIONS
+def test_a_wide_window_is_only_for_brokers_that_say_they_take_it(plain_broker, links, protocol):
+    broker = plain_broker("max_inflight_messages 200")
+    link = links(broker.port, "a", protocol=protocol, inflight_max=LIMITS.server_inflight_max)
+    assert link.limits.inflight_max == {"5.0": 200, "3.1.1": 20}[protocol]
 
 
 @VERSIONS
