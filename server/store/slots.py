@@ -5,7 +5,9 @@ sealed update, in whole blocks of 4096 bytes, so that no write to one slot can t
 another. A restart finds the slots by their headers; a header that the disk lost is passed
 over block by block. What is in a slot is ciphertext that a device chose, so headers carry
 a digest under a secret of the file: no update can contain one. A header is written with the
-first chunk: on its own it would be a block more for the disk, and say nothing.
+first chunk: on its own it would be a block more for the disk, and say nothing. It has a
+number, higher than those of before: should the disk fail in between, an upload that was
+dropped and begun anew may have two headers, and the later one counts.
 
 Nor has a slot a place in the file before that. So updates of one chunk, which wait in memory
 for their group, come to lie one after the other, and one call writes them all: the kernel
@@ -28,7 +30,7 @@ from broker_bridge.wire.chunks import CHUNK_OVERHEAD_BYTES, Layout
 __all__ = ["Slots"]
 
 _BLOCK_BYTES = 4096
-_HEADER = struct.Struct("<4sI8sQQ")  # magic, in use, upload, total bytes, body bytes
+_HEADER = struct.Struct("<4sI8sQQ")  # magic, number or 0 if free, upload, total bytes, body bytes
 _HEADER_BYTES = 64
 _MAGIC = b"mgsl"
 _SECRET_BYTES = 32
@@ -40,6 +42,7 @@ class _Slot(NamedTuple):
     start: int
     layout: Layout
     size_bytes: int
+    number: int
 
 
 def _size_bytes(layout: Layout) -> int:
@@ -57,10 +60,12 @@ class Slots:
         self._random = random
         self._fd = -1
         self._secret = b""
+        self._is_secret_there = False  # written, and no sync failed since
+        self._number = 0  # of the last slot
         self._end = _BLOCK_BYTES
         self._unplaced: dict[bytes, Layout] = {}  # uploads that have no place in the file yet
         self._slots: dict[bytes, _Slot] = {}  # those that have one
-        self._unwritten: set[bytes] = set()  # of these: those without a header there
+        self._unwritten: set[bytes] = set()  # of these: those whose header may not be there
         self._waiting: dict[bytes, bytes] = {}  # whole updates, for `flush`
         self._waiting_bytes = 0
         self._free: dict[int, list[int]] = {}
@@ -99,7 +104,7 @@ class Slots:
         slot = self._placed(upload)
         start = slot.start + _HEADER_BYTES + offset
         if upload in self._unwritten:
-            header = self._header(slot, upload, in_use=1)
+            header = self._header(slot, upload, slot.number)
             if offset == 0:
                 data, start = header + data, slot.start
             else:
@@ -114,11 +119,13 @@ class Slots:
         """
         if self._waiting_bytes + len(data) > _WAITING_BYTES_MAX:
             self.flush()
+        self._waiting_bytes += len(data) - len(self._waiting.get(upload, b""))
         self._waiting[upload] = data
-        self._waiting_bytes += len(data)
 
     def flush(self) -> None:
         """Write whatever waits. Raises OSError: then all of it waits as before."""
+        if not self._is_secret_there:
+            self._write_secret()
         run: list[bytes] = []
         start = end = 0
         for upload, data in self._waiting.items():
@@ -126,13 +133,17 @@ class Slots:
             if slot.start != end or len(run) >= 3 * _RUN_MAX:
                 write_one_after_the_other(self._fd, run, start, disk=self._disk)
                 run, start = [], slot.start
-            header = self._header(slot, upload, in_use=1)
+            header = self._header(slot, upload, slot.number)
             run += header, data, bytes(slot.size_bytes - len(header) - len(data))
             end = slot.start + slot.size_bytes
         write_one_after_the_other(self._fd, run, start, disk=self._disk)
         self._unwritten.difference_update(self._waiting)
         self._waiting.clear()
         self._waiting_bytes = 0
+
+    def at_hand(self, upload: bytes) -> bytes | None:
+        """The whole sealed update, if it waits to be written."""
+        return self._waiting.get(upload)
 
     def give_up(self) -> list[bytes]:
         """Forget what waits to be written; the uploads whose it was keep their slots."""
@@ -155,14 +166,16 @@ class Slots:
         else:
             start = self._end
             self._end += size
-        slot = self._slots[upload] = _Slot(start, layout, size)
+        self._number += 1
+        slot = self._slots[upload] = _Slot(start, layout, size, self._number)
         self._unwritten.add(upload)
         del self._unplaced[upload]
         return slot
 
     def place(self, upload: bytes) -> tuple[int, int]:
         """The descriptor, and where in the file the sealed update starts. Raises OSError."""
-        self.flush()
+        if upload in self._waiting:
+            self.flush()
         return self._fd, self._placed(upload).start + _HEADER_BYTES
 
     @property
@@ -170,35 +183,48 @@ class Slots:
         """The descriptor; valid while a slot is in use."""
         return self._fd
 
-    def give_back(self, upload: bytes, *, file_stays: bool = True) -> None:
-        """The slot is free for another. Raises LocalError; then it is still in use.
-
-        Unless the `file_stays`, nothing is written: it goes with its last slot, and should it
-        come back, so does every update in it.
-        """
+    def give_back(self, upload: bytes) -> None:
+        """The slot is free for another. Raises LocalError; then it is still in use."""
+        if len(self._slots) + len(self._unplaced) == 1:
+            self.clear()
+            return
         slot = self._slots.get(upload)
-        last = len(self._slots) + len(self._unplaced) == 1
-        with disk_errors(self.path):
-            if last:
-                self._remove()
-            elif slot is not None and file_stays and upload not in self._unwritten:
-                self._write_header(slot, upload, in_use=0)
-        self._waiting_bytes -= len(self._waiting.pop(upload, b""))
         if slot is None:
             del self._unplaced[upload]
-            return
-        del self._slots[upload]
-        self._unwritten.discard(upload)
-        if not last:
+        else:
+            with disk_errors(self.path):
+                if self._has_header(slot, upload):
+                    write_all(self._fd, self._header(slot, upload, 0), slot.start, disk=self._disk)
+            del self._slots[upload]
+            self._unwritten.discard(upload)
             self._free.setdefault(slot.size_bytes, []).append(slot.start)
+        self._waiting_bytes -= len(self._waiting.pop(upload, b""))
 
-    def write_again(self, upload: bytes) -> None:
-        """Write what says whose slot this is once more: a sync failed since. Raises LocalError."""
+    def _has_header(self, slot: _Slot, upload: bytes) -> bool:
+        """Whether a restart would find it. A write that failed may have come that far."""
+        if upload not in self._unwritten:
+            return True
+        header = self._header(slot, upload, slot.number)
+        return self._disk.pread(self._fd, _HEADER_BYTES, slot.start) == header
+
+    def distrust(self, upload: bytes) -> None:
+        """A sync failed: what says whose slot this is is written again with its next chunk."""
+        self._is_secret_there = False
+        if upload in self._slots:
+            self._unwritten.add(upload)
+
+    def clear(self) -> None:
+        """Every slot goes, and the file. Raises LocalError; then all are still in use.
+
+        No slot is written to. Should the file come back, so does every update in it.
+        """
         with disk_errors(self.path):
-            write_all(self._fd, self._secret, 0, disk=self._disk)
-            slot = self._slots.get(upload)
-            if slot is not None and upload not in self._unwritten:
-                self._write_header(slot, upload, in_use=1)
+            if self._fd >= 0:
+                self._remove()
+        self._unplaced.clear()
+        self._slots.clear()
+        self._unwritten.clear()
+        self.give_up()
 
     def _remove(self) -> None:
         self._disk.unlink(self.path)
@@ -218,20 +244,20 @@ class Slots:
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         fd = self._disk.open(self.path, flags, 0o600)
         self._secret = self._random(_SECRET_BYTES)
-        try:
-            write_all(fd, self._secret, 0, disk=self._disk)
-        except OSError:
-            self._disk.close(fd)
-            raise
         self._fd = fd
+        try:
+            self._write_secret()
+        except OSError:
+            self.close()
+            raise
 
-    def _write_header(self, slot: _Slot, upload: bytes, *, in_use: int) -> None:
-        header = self._header(slot, upload, in_use=in_use)
-        write_all(self._fd, header, slot.start, disk=self._disk)
+    def _write_secret(self) -> None:
+        write_all(self._fd, self._secret, 0, disk=self._disk)
+        self._is_secret_there = True
 
-    def _header(self, slot: _Slot, upload: bytes, *, in_use: int) -> bytes:
+    def _header(self, slot: _Slot, upload: bytes, number: int) -> bytes:
         fields = _HEADER.pack(
-            _MAGIC, in_use, upload, slot.layout.total_bytes, slot.layout.body_bytes
+            _MAGIC, number, upload, slot.layout.total_bytes, slot.layout.body_bytes
         )
         return fields + self._digest(fields, slot.start)
 
@@ -240,6 +266,7 @@ class Slots:
 
     def _scan(self) -> None:
         self._secret = self._disk.pread(self._fd, _SECRET_BYTES, 0)
+        self._is_secret_there = True
         size, start = self._disk.size(self.path), _BLOCK_BYTES
         while start < size:
             start += self._find(start)
@@ -251,14 +278,21 @@ class Slots:
         fields = head[: _HEADER.size]
         if len(head) < _HEADER_BYTES or head[_HEADER.size :] != self._digest(fields, start):
             return _BLOCK_BYTES
-        _, in_use, upload, total_bytes, body_bytes = _HEADER.unpack(fields)
+        _, number, upload, total_bytes, body_bytes = _HEADER.unpack(fields)
         try:
             layout = Layout(total_bytes, body_bytes)
         except PeerError as error:
             raise LocalError(f"{self.path} is damaged: {error}") from None
-        slot = _Slot(start, layout, _size_bytes(layout))
-        if in_use:
-            self._slots[upload] = slot
-        else:
-            self._free.setdefault(slot.size_bytes, []).append(start)
-        return slot.size_bytes
+        self._take_in(upload, _Slot(start, layout, _size_bytes(layout), number))
+        return _size_bytes(layout)
+
+    def _take_in(self, upload: bytes, slot: _Slot) -> None:
+        """A slot of an earlier process: in use, free, or one that a later one took the place of."""
+        free: _Slot | None = slot
+        if slot.number:
+            self._number = max(self._number, slot.number)
+            other = self._slots.get(upload)
+            if other is None or other.number <= slot.number:
+                self._slots[upload], free = slot, other
+        if free is not None:
+            self._free.setdefault(free.size_bytes, []).append(free.start)

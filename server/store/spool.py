@@ -145,14 +145,18 @@ class Spool:
         return True
 
     def forget(self, upload: bytes, index: int) -> None:
-        """Count a chunk as missing again, in this process and after a restart."""
+        """Count a chunk as missing again, in this process and after a restart.
+
+        Raises DiskFullError or LocalError; it may be back after a restart then, torn as it was.
+        """
         held = self._held[upload]
+        if index not in held.present:
+            return
+        held.present.discard(index)  # first: half a header may be what is left of it
         with disk_errors(self._path(upload)):
-            if index in held.present:
-                fd, base = self._place(upload)
-                start = base + _start(held.layout, index)
-                write_all(fd, bytes(_HEADER_BYTES), start, disk=self._disk)
-        held.present.discard(index)
+            fd, base = self._place(upload)
+            start = base + _start(held.layout, index)
+            write_all(fd, bytes(_HEADER_BYTES), start, disk=self._disk)
 
     def missing(self, upload: bytes) -> list[int]:
         """The indices of the chunks that are not there, in order."""
@@ -180,6 +184,10 @@ class Spool:
 
     def chunks(self, upload: bytes, layout: Layout) -> Iterator[bytes]:
         """Yield every chunk in order, as it was put. Only of a `complete` upload."""
+        waiting = self._slots.at_hand(upload)
+        if waiting is not None:  # nothing needs to be written for that, nor the disk have room
+            yield waiting
+            return
         for index in range(layout.count):
             with disk_errors(self._path(upload)):
                 length = layout.size(index) + CHUNK_OVERHEAD_BYTES
@@ -234,8 +242,7 @@ class Spool:
         for upload in [each for each in self._held if each in self._slots]:
             if upload not in self._synced:
                 self._distrust(upload)
-                with contextlib.suppress(LocalError):
-                    self._slots.write_again(upload)
+                self._slots.distrust(upload)
         with disk_errors(self._slots.path):
             raise error
 
@@ -256,13 +263,13 @@ class Spool:
 
         Raises LocalError when the disk refuses; then it is still here, to be dropped again.
         """
-        self._drop(upload, file_stays=True)
-
-    def _drop(self, upload: bytes, *, file_stays: bool) -> None:
         if upload in self._slots:
-            self._slots.give_back(upload, file_stays=file_stays)
+            self._slots.give_back(upload)
         else:
             self._unlink(upload)
+        self._gone(upload)
+
+    def _gone(self, upload: bytes) -> None:
         held = self._held.pop(upload, None)
         self._synced.discard(upload)
         self._bytes -= held.file_bytes if held else self._found.pop(upload, 0)
@@ -278,9 +285,15 @@ class Spool:
     def clear(self, *, keep: Collection[bytes] = ()) -> None:
         """Remove every upload but those in `keep`, for good: after a round, and after a restart."""
         gone = self.uploads() - set(keep)
-        file_stays = any(upload in self._slots for upload in keep)
+        shared = {upload for upload in gone if upload in self._slots}
+        if not any(upload in self._slots for upload in keep):
+            with contextlib.suppress(LocalError):  # one by one, then, and no more than must stays
+                self._slots.clear()
+                gone -= shared
+                for upload in shared:
+                    self._gone(upload)
         for upload in gone:
-            self._drop(upload, file_stays=file_stays)
+            self.drop(upload)
         # Also when nothing is left to drop: a process before this one may have died half-way.
         sync_folder(self.folder, disk=self._disk)
 

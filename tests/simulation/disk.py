@@ -40,7 +40,13 @@ class _File:
     pending: list[tuple[int, bytes]] = field(default_factory=list)
 
     def sync(self) -> None:
-        self.durable, self.pending = bytes(self.cache), []
+        """Make durable what is pending: not what a sync that failed has given up."""
+        disk = bytearray(self.durable)
+        for offset, data in self.pending:
+            if len(disk) < offset:
+                disk.extend(bytes(offset - len(disk)))
+            disk[offset : offset + len(data)] = data
+        self.durable, self.pending = bytes(disk), []
 
     def lose(self, draw: random.Random) -> None:
         """Make durable some of what is pending, and forget that the rest was ever to be."""

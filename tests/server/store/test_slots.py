@@ -1,17 +1,20 @@
 """Small updates in one file: whatever is true of a file of one's own is true of a slot."""
 
+import errno
 import os
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from broker_bridge.disk import RealDisk
+from broker_bridge.disk import DiskFullError, RealDisk
 from broker_bridge.errors import LocalError
 from broker_bridge.wire.chunks import CHUNK_OVERHEAD_BYTES, Layout, chunk_header, seal_chunks
 from broker_bridge.wire.envelope import ChunkKey
+from server.store import slots
 from server.store.spool import Spool
+from tests.server.store.spool_model import LAYOUTS, ModelledSpool
 
 KEY = ChunkKey(b"k" * 32)
 LAYOUT = Layout(total_bytes=9_500, body_bytes=1_000)
@@ -265,3 +268,151 @@ def test_after_a_sync_that_failed_everything_since_is_asked_for_again(tmp_path: 
     again = opened(tmp_path)
     again.begin(name(1), LAYOUT)
     assert list(again.chunks(name(1), LAYOUT)) == sealed(name(1))
+
+
+NAMES = st.integers(0, 3)
+STEPS = st.one_of(
+    st.tuples(st.sampled_from(["begin", "put"]), NAMES, st.integers(0, len(LAYOUTS) - 1)),
+    st.tuples(st.sampled_from(["put", "put", "forget", "drop", "read"]), NAMES, st.integers(0, 2)),
+    st.tuples(st.just("sync"), st.sets(NAMES, min_size=1)),
+    st.tuples(st.just("restart"), st.booleans()),
+    st.just(("clear",)),
+    st.tuples(
+        st.just("fail"),
+        st.sampled_from([errno.ENOSPC, errno.EIO]),
+        st.integers(0, 5),
+        st.integers(1, 6),
+    ),
+)
+
+
+@settings(max_examples=400)
+@given(st.integers(0, 2**32), st.lists(STEPS, max_size=25))
+def test_whatever_fails_and_dies_what_was_promised_is_there_and_nothing_that_was_not_put(
+    seed: int, steps: list[tuple]
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(slots, "_WAITING_BYTES_MAX", 9_000)
+        model = ModelledSpool(seed)
+        for what, *how in steps:
+            model.do(what, *how)
+            model.check()
+        model.restart(power=bool(seed & 1))
+        model.check()
+
+
+class Small(RealDisk):
+    """Takes `room` bytes more; then each write that adds to them finds the disk full."""
+
+    room = 2**40
+
+    def pwrite(self, fd, data, offset):
+        taken = bytes(data)[: self.room]
+        self.room -= len(taken)
+        if not taken:
+            raise OSError(errno.ENOSPC, "full")
+        return super().pwrite(fd, taken, offset)
+
+    def pwritev(self, fd, buffers, offset):
+        return self.pwrite(fd, b"".join(buffers), offset)
+
+
+ONE = Layout(3_000, 3_000)
+
+
+def half_written(folder: Path, *uploads: bytes) -> tuple[Spool, Small]:
+    """A spool whose disk was full in the middle of the second slot of a group."""
+    disk = Small()
+    spool = opened(folder, disk)
+    put(spool, b"upload-0", LAYOUT)
+    for upload in uploads:
+        put(spool, upload, ONE)
+    disk.room = 4096 + 100
+    with pytest.raises(DiskFullError):
+        spool.sync(uploads)
+    disk.room = 2**40
+    return spool, disk
+
+
+def test_an_update_that_is_dropped_after_it_was_half_written_is_gone_after_a_kill(
+    tmp_path: Path,
+) -> None:
+    spool, _ = half_written(tmp_path, name(1), name(2))
+    spool.drop(name(1))
+    spool.drop(name(2))
+    assert opened(tmp_path).uploads() == {b"upload-0"}
+
+
+def test_an_update_that_was_half_written_elsewhere_before_is_the_one_that_was_synced(
+    tmp_path: Path,
+) -> None:
+    spool, _ = half_written(tmp_path, name(1), name(2))
+    fd, start = spool._slots._fd, spool._slots._slots[name(2)].start
+    before = os.pread(fd, 4096, start)
+    spool.drop(name(2))
+    spool.drop(name(1))
+    put(spool, name(2), ONE)
+    spool.sync([name(2)])
+    assert spool._slots._slots[name(2)].start < start
+    os.pwrite(fd, before, start)  # as a power cut may leave it
+    again = opened(tmp_path)
+    again.begin(name(2), ONE)
+    assert list(again.chunks(name(2), ONE)) == sealed(name(2), ONE)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_sync_that_fails_with_every_write_after_it_costs_no_later_promise(seed: int) -> None:
+    model = ModelledSpool(seed)
+    model.do("put", 1, 0)
+    model.fail(errno.EIO, 1, 20)  # one write, and then nothing
+    model.do("sync", {1})
+    model.fail(0, 0, 0)
+    model.do("put", 1, 0)
+    model.do("sync", {1})
+    model.restart(power=True)
+    model.check()
+    assert model.uploads[b"upload-1"].there == {0}
+
+
+def test_an_update_that_waits_can_be_read_from_a_full_disk(tmp_path: Path) -> None:
+    disk = Small()
+    spool = opened(tmp_path, disk)
+    put(spool, name(1), ONE)
+    disk.room = 0
+    assert list(spool.chunks(name(1), ONE)) == sealed(name(1), ONE)
+
+
+def test_what_a_clear_removed_that_failed_half_way_is_not_back_after_a_kill(tmp_path: Path) -> None:
+    class Stubborn(RealDisk):
+        fails = True
+
+        def unlink(self, path):
+            if self.fails:
+                raise OSError(errno.EIO, "no")
+            super().unlink(path)
+
+    disk = Stubborn()
+    spool = opened(tmp_path, disk)
+    for number in range(3):
+        put(spool, name(number))
+    with pytest.raises(LocalError):
+        spool.clear()
+    (left,) = spool.uploads()
+    assert spool.complete(left)
+    assert opened(tmp_path).uploads() == {left}
+    disk.fails = False
+    spool.clear()
+    assert (names(tmp_path), spool.bytes_held) == ([], 0)
+
+
+def test_a_chunk_that_could_not_be_forgotten_in_full_is_asked_for_again(tmp_path: Path) -> None:
+    disk = Small()
+    spool = opened(tmp_path, disk)
+    put(spool, name(1))
+    disk.room = 10
+    with pytest.raises(DiskFullError):
+        spool.forget(name(1), 4)
+    disk.room = 2**40
+    put(spool, name(1))
+    spool.sync([name(1)])
+    assert list(spool.chunks(name(1), LAYOUT)) == sealed(name(1))
