@@ -190,6 +190,7 @@ class QueuedLink:
         the present state, with `resumed` false if the session was lost on the way.
         """
         self._wait(self._something_to_tell, timeout_s)
+        is_message_here = bool(self._inbox)  # before we look for changes: it is none that followed
         if self._woken or self._news is not None or self._crash is not None:
             with self._changed:
                 self._raise_crash()
@@ -197,7 +198,7 @@ class QueuedLink:
                     return self._take_news()
                 self._woken = False
                 return None
-        if not self._inbox:
+        if not is_message_here:
             return None
         message = self._inbox.popleft()
         self._taken_bytes += len(message.payload)
