@@ -61,13 +61,12 @@ from server.events import (
     Upload,
 )
 from server.measuring import Measured, Measuring, good_enough
-from server.orders import answer, ordered_run, refusal
+from server.orders import answer, ordered_run, out_of_turn, refusal
 from server.round import Round
 
 __all__ = ["Coordinator", "Phase"]
 
 _NOBODY = Measured({})  # measured it
-_ROLL_CALL_S = 5.0  # in which devices say that they are there, after we or the broker came back
 
 
 class Phase(Enum):
@@ -244,31 +243,21 @@ class Coordinator:
     # ── the operator ────────────────────────────────────────────────────────────────────
 
     def _commanded(self, command: Command) -> list[Effect]:
+        if (why := out_of_turn(command, self.run)) is not None:
+            return [refusal(command, why)]
         match command.cmd:
             case "start":
-                return self._start(command)
-            case "status":
-                return [answer(command, status=self.status())]
+                found = ordered_run(command, self.rules)
+                if isinstance(found, Run):
+                    return [StartRun(command, found)]
+                return [refusal(command, found)]
             case "stop":
-                return self._stop(command)
+                effects = self._stop()
             case "pause" | "resume":
-                if self.run is None:
-                    return [refusal(command, 'no run is open; send {"cmd":"start"} first')]
-                self.paused = command.cmd == "pause"
-                marked = MarkPaused(self.run, self.paused)
-                return [marked, answer(command, status=self.status())]
-
-    def _start(self, command: Command) -> list[Effect]:
-        if self.run is not None:
-            return [
-                refusal(
-                    command,
-                    f"run {self.run.id} of task {self.run.task!r} is open; "
-                    'wait for it to end or send {"cmd":"stop"}',
-                )
-            ]
-        found = ordered_run(command, self.rules)
-        return [StartRun(command, found) if isinstance(found, Run) else refusal(command, found)]
+                effects = self._pause(command.cmd == "pause")
+            case "status":
+                effects = []
+        return [*effects, answer(command, status=self.status())]
 
     def _started(self, run: Run) -> list[Effect]:
         if self.run is not None:
@@ -278,14 +267,16 @@ class Coordinator:
         self._trainers.clear()
         return self._tick()
 
-    def _stop(self, command: Command) -> list[Effect]:
+    def _pause(self, paused: bool) -> list[Effect]:
         if self.run is None:
-            return [refusal(command, "no run is open; there is nothing to stop")]
-        effects: list[Effect] = []
-        if self._round is not None:
-            effects += self._abandon("stopped by the operator", counts=False)
-        effects += self._end("stopped", "stopped by the operator")
-        return [*effects, answer(command, status=self.status())]
+            return []
+        self.paused = paused
+        return [MarkPaused(self.run, paused)]
+
+    def _stop(self) -> list[Effect]:
+        why = "stopped by the operator"
+        effects = [] if self._round is None else self._abandon(why, counts=False)
+        return effects + self._end("stopped", why)
 
     def _end(self, status: Literal["done", "stopped", "failed"], reason: str) -> list[Effect]:
         run = self.run
@@ -303,7 +294,8 @@ class Coordinator:
         if self._round and self.phase is Phase.OPEN and self._now_s >= self._round.over_s:
             return self._deadline()
         if self._measuring and self.phase is Phase.EVALUATING:
-            return self._wait_for_reports(self._measuring)
+            over = self._measuring.is_over(self._now_s, evaluators=self.online_count("evaluate"))
+            return self._decide(_NOBODY) if over else []
         return []
 
     def _gather(self) -> list[Effect]:
@@ -459,16 +451,10 @@ class Coordinator:
         self._measuring = Measuring(
             version,
             by_server=by_server,
-            over_s=self._now_s + self.rules.evaluation_wait_s,
+            now_s=self._now_s,
+            wait_s=self.rules.evaluation_wait_s,
             examples_max=self._weight_max,
         )
-
-    def _wait_for_reports(self, this: Measuring) -> list[Effect]:
-        """Nobody is waited for who does not show up: after a restart all are unknown at first."""
-        over_s = this.over_s
-        if not this.by_server and not self.online_count("evaluate"):
-            over_s -= max(0.0, self.rules.evaluation_wait_s - _ROLL_CALL_S)
-        return self._decide(_NOBODY) if self._now_s >= over_s else []
 
     def _reported(self, device: str, report: Report) -> list[Effect]:
         this = self._measuring_now(report.model_version)

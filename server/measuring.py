@@ -13,6 +13,8 @@ from broker_bridge.wire.messages import Report, Until
 
 __all__ = ["Measured", "Measuring", "good_enough"]
 
+_ROLL_CALL_S = 5.0  # in which devices say that they are there, after we or the broker came back
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -29,11 +31,14 @@ class Measured:
 class Measuring:
     """One model, and what devices reported of it so far."""
 
-    def __init__(self, version: int, *, by_server: bool, over_s: float, examples_max: int) -> None:
-        """`over_s`: when to wait no more. `examples_max`: what one report counts at most."""
+    def __init__(
+        self, version: int, *, by_server: bool, now_s: float, wait_s: float, examples_max: int
+    ) -> None:
+        """`wait_s`: for reports, at most. `examples_max`: what one report counts at most."""
         self.version = version
         self.by_server = by_server
-        self.over_s = over_s
+        self._began_s = now_s
+        self._wait_s = wait_s
         self._examples_max = examples_max
         self._reports: dict[str, Report] = {}
 
@@ -45,6 +50,14 @@ class Measuring:
     def forget(self, device: str) -> None:
         """Its report counts no more."""
         self._reports.pop(device, None)
+
+    def is_over(self, now_s: float, *, evaluators: int) -> bool:
+        """Whether to wait no more. Nobody is waited for who does not show up: after a restart all
+        are unknown at first. `evaluators`: how many devices are here that measure.
+        """
+        somebody = self.by_server or evaluators > 0
+        wait_s = self._wait_s if somebody else min(self._wait_s, _ROLL_CALL_S)
+        return now_s >= self._began_s + wait_s
 
     def has_all(self, devices: list[str]) -> bool:
         """Whether all of these reported."""

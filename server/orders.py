@@ -3,9 +3,26 @@
 from broker_bridge.wire.messages import Command, Reply
 from server.events import Respond, Rules, Run
 
-__all__ = ["answer", "ordered_run", "refusal"]
+__all__ = ["answer", "ordered_run", "out_of_turn", "refusal"]
 
 _ROUNDS_UNTIL = 1000  # of a run that ends when the model is good, if nobody says how many
+_WITHOUT_A_RUN = {
+    "stop": "no run is open; there is nothing to stop",
+    "pause": 'no run is open; send {"cmd":"start"} first',
+    "resume": 'no run is open; send {"cmd":"start"} first',
+}
+
+
+def out_of_turn(command: Command, run: Run | None) -> str | None:
+    """Why nothing comes of a command while `run` is open, or while none is; None: something may."""
+    if run is None:
+        return _WITHOUT_A_RUN.get(command.cmd)
+    if command.cmd == "start":
+        return (
+            f"run {run.id} of task {run.task!r} is open; "
+            'wait for it to end or send {"cmd":"stop"}'
+        )
+    return None
 
 
 def ordered_run(command: Command, rules: Rules) -> Run | str:

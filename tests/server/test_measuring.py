@@ -15,6 +15,7 @@ from server.events import (
     Publish,
     Reported,
 )
+from server.measuring import Measuring
 from tests.server.rounds import WEIGHT_MAX, Server, kinds, of
 
 
@@ -92,6 +93,17 @@ def test_devices_that_do_not_report_are_waited_for_so_long_and_no_longer() -> No
     effects = server.pass_time(2)
     assert of(Publish, effects)[0].summary.evaluation == {"accuracy": pytest.approx(0.2)}
     assert OpenRound in kinds(effects)
+
+
+@pytest.mark.parametrize(
+    ("by_server", "evaluators", "wait_s", "over_s"),
+    [(True, 0, 60.0, 60.0), (False, 1, 60.0, 60.0), (False, 0, 60.0, 5.0), (False, 0, 2.0, 2.0)],
+    ids=["server", "somebody", "nobody", "nobody-and-little-patience"],
+)
+def test_nobody_is_waited_for_who_does_not_show_up(by_server, evaluators, wait_s, over_s) -> None:
+    this = Measuring(1, by_server=by_server, now_s=100.0, wait_s=wait_s, examples_max=9)
+    assert not this.is_over(100.0 + over_s - 0.01, evaluators=evaluators)
+    assert this.is_over(100.0 + over_s, evaluators=evaluators)
 
 
 def test_a_model_that_nobody_measured_is_not_good_enough() -> None:
