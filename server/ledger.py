@@ -31,6 +31,7 @@ from server.old_copy import settle_old_copy
 from server.recall import Recalled, recall
 from server.store import rows
 from server.store.database import AtDisk, Database
+from server.store.highest import HighestRound
 from server.store.models import ModelFiles
 from server.store.spool import Spool
 
@@ -81,6 +82,8 @@ class Ledger:
         self._free_bytes = free_bytes  # of the disk that a path is on; None: nobody knows
         self._tasks = TaskFiles(home.folder / "tasks", config.tasks, disk=disk)
         self._models = ModelFiles(home.state / "models", disk=disk)
+        self._highest = HighestRound(home.state / "highest-round", disk=disk)
+        self._written: rows.Round | None = None  # down, and for want of room not announced
         self._line = Lineage(self._models, config, clock=clock)
         self.announcer = Announcer(self.keys, config, self._line, clock=clock, random=random)
         self._spool = Spool(
@@ -178,27 +181,44 @@ class Ledger:
     # ── a round ─────────────────────────────────────────────────────────────────────────
 
     def open_round(self, effect: OpenRound) -> tuple[Opened, bytes]:
-        """Make a round and write it down; return it and its signed announcement."""
+        """Make a round and write it down; return it and its signed announcement.
+
+        Raises DiskFullError; then it is tried again, and goes on with the round it wrote down.
+        """
+        this = self._written = self._written or self._write_down(effect)
+        self._highest.note(this.number)  # before any device hears of it (decision 0140)
+        self._written = None
+        return self._taken_up(this)
+
+    def _write_down(self, effect: OpenRound) -> rows.Round:
         assert self.task is not None  # noqa: S101 - a run has a task
         key = self._random(KEY_BYTES)
         with self.db.reading() as tx:
             number = tx.highest_round() + 1
         announcement = self.announcer.opening(effect, number, KemKey.from_seed(key).public)
-        signed = self.announcer.sign(announcement)
+        this = rows.Round(
+            number=number,
+            run_id=effect.run.id,
+            announcement=self.announcer.sign(announcement),
+            round_key=key,
+            fleet_key=self.keys.fleet_key,
+            model_before=self.model_version,
+            opened_at=self._clock(),
+        )
         with self.db.transaction() as tx:
-            tx.open_round(
-                rows.Round(
-                    number=number,
-                    run_id=effect.run.id,
-                    announcement=signed,
-                    round_key=key,
-                    fleet_key=self.keys.fleet_key,
-                    model_before=self.model_version,
-                    opened_at=self._clock(),
-                )
-            )
-        self._fleet_key = self.keys.fleet_key
-        return self._begin(announcement, signed, key), signed
+            tx.open_round(this)
+        self._fleet_key = this.fleet_key
+        return this
+
+    def _taken_up(self, this: rows.Round) -> tuple[Opened, bytes]:
+        """An open round as it was written down; its announcement by the server's present keys."""
+        assert this.round_key is not None  # noqa: S101 - it is open
+        announcement: Announcement = messages.decode(
+            self.announcer.payload(this.announcement), Announcement
+        )
+        signed = self.announcer.again(this.announcement)
+        self._fleet_key = this.fleet_key
+        return self._begin(announcement, signed, this.round_key), signed
 
     def _begin(self, announcement: Announcement, signed: bytes, key: bytes) -> Opened:
         specs = weights.specs_of(self.model)
@@ -272,6 +292,8 @@ class Ledger:
         """Raise DiskFullError when the disk has less room than is kept for models and receipts."""
         if self._untidy and self._open is None:
             self._tidy()
+        if self._open is not None:  # there may have been no room for it at the start
+            self._highest.note(self._open.announcement.round)
         # At the least what the next model and its receipts take, whatever the settings say.
         least = max(self._config.limits.disk_free_mb_min * _MB, 2 * len(self.model_bytes) + _MB)
         free = None if self._free_bytes is None else self._free_bytes(self._home.state)
@@ -360,7 +382,8 @@ class Ledger:
 
     def restore(self) -> Restored | None:
         """Find the run that was open when the server died, and its open round."""
-        settle_old_copy(self.db, self._models, self.keys.federation, now_s=self._clock())
+        federation, now_s = self.keys.federation, self._clock()
+        settle_old_copy(self.db, self._models, self._highest, federation, now_s=now_s)
         with self.db.reading() as tx:
             run, this = tx.current_run(), tx.current_round()
             model = None if run is None else tx.latest_model(run.task_digest)
@@ -384,11 +407,7 @@ class Ledger:
             self._spool.clear()
             paused = run.status == "paused"
             return Restored(found, None, b"", [], 0.0, paused, self._last(run.id))
-        payload = self.announcer.payload(this.announcement)
-        announcement: Announcement = messages.decode(payload, Announcement)
-        signed = self.announcer.again(this.announcement)  # the server's key may be a new one
-        self._fleet_key = this.fleet_key
-        opened = self._begin(announcement, signed, this.round_key)
+        opened, signed = self._taken_up(this)
         assert self._open is not None  # noqa: S101 - it was just taken up
         uploads = self._open.take_up(receipts)
         elapsed = max(0.0, self._clock() - this.opened_at)

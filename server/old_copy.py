@@ -4,17 +4,20 @@ Rounds and models only grow, on each device too, so a server that counted on fro
 would be ignored, round after round. Whoever puts one back, `midge restore` or a server that
 finds such a copy at its start, numbers above everything that can have been lost (decision 0080).
 
-A copy is seen by the model files beside it: they are written before the database hears of
-them, and one at a time. One that is a single round older is not seen, and costs that round.
+A copy is seen by the file of the highest round beside it, which is written before any device
+hears of that round (decision 0140), and by the model files: they are written before the database
+hears of them, and one at a time. A database whose log is lost is an old copy like any other.
 """
 
 import logging
 
 import msgspec
 
+from broker_bridge.disk import DiskFullError
 from broker_bridge.errors import LocalError
 from broker_bridge.wire.messages import RoundSummary
 from server.store.database import Database
+from server.store.highest import HighestRound
 from server.store.models import ModelFiles
 from server.store.transaction import Transaction
 
@@ -58,20 +61,39 @@ def stop_here(db: Database, federation: str, *, now_s: float) -> None:
         tx.set_run_status(run.id, "stopped", reason=reason, ended_at=now_s)
 
 
-def settle_old_copy(db: Database, models: ModelFiles, federation: str, *, now_s: float) -> None:
-    """Number on above what devices saw, if the database is older than the models beside it."""
+def settle_old_copy(
+    db: Database, models: ModelFiles, highest: HighestRound, federation: str, *, now_s: float
+) -> None:
+    """Number on above what devices saw, if the database is older than what lies beside it.
+
+    Afterwards the file of the highest round knows at least what the database knows.
+    """
     newest = max(models.versions(), default=-1)
     with db.reading() as tx:
-        known = tx.highest_model()
+        known = tx.highest_round()
+        lacks = _lacks(tx, newest, highest.known)
+    if lacks:
+        log.warning(
+            "%s is an old copy, or its log is lost: %s. What happened since is lost: revoke and "
+            "add again whom you revoked and added; rounds go on above it", db.where, lacks,
+        )  # fmt: skip
+        with db.transaction() as tx:
+            abandon_open(tx, federation, now_s=now_s, reason="the database is an old copy")
+            tx.set_floor(floor_above(max(newest, known, highest.known), now_s=now_s))
+            tx.void_tokens(now_s)  # one of them may have been used since
+            known = tx.highest_round()
+    try:
+        highest.note(known)
+    except DiskFullError as error:
+        log.warning("%s (what is open goes on meanwhile)", error)
+
+
+def _lacks(tx: Transaction, newest: int, highest: int) -> str:
+    """What the database should know and does not; empty if it is no old copy."""
+    known_round, known_model = tx.highest_round(), tx.highest_model()
+    if highest > known_round:
+        return f"it knows of no round above {known_round}, and round {highest} was opened"
     # A kill may have come between a model's file and its row; the first of all is number 1.
-    if newest <= max(known + 1, 1):
-        return
-    log.warning(
-        "%s is an old copy: it knows of no model above %d, and there is model %d. What happened "
-        "since is lost: revoke and add again whom you revoked and added; rounds go on above it",
-        db.where, known, newest,
-    )  # fmt: skip
-    with db.transaction() as tx:
-        abandon_open(tx, federation, now_s=now_s, reason="the database is an old copy")
-        tx.set_floor(floor_above(max(newest, tx.highest_round()), now_s=now_s))
-        tx.void_tokens(now_s)  # one of them may have been used since
+    if newest > max(known_model + 1, 1):
+        return f"it knows of no model above {known_model}, and there is model {newest}"
+    return ""

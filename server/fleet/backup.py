@@ -2,7 +2,8 @@
 
 What a backup holds is listed in `_FILES`. The root key is not in it: it belongs in a drawer.
 Nor is what must be gone when a round ends: the copy of the database has no open round and no
-round key, and the sealed updates of the spool are left out.
+round key, and the sealed updates of the spool are left out. So is `state/highest-round`: it would
+be older than the rounds that it should tell of, and a restored server numbers above all of them.
 
 A restored server knows less than its devices. Whatever they compare with what they saw is
 therefore numbered above anything that can have been lost: rounds and models from the time of

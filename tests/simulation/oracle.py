@@ -46,6 +46,7 @@ class Oracle:
         self._trainings = trainings
         self._topics = Topics(FEDERATION)
         self._opened: dict[int, bytes] = {}
+        self._unnoted: list[str] = []  # announced before the file of the highest round knew
         self._opened_s: dict[int, float] = {}
         self._ended: set[int] = set()
         self._highest = 0
@@ -96,6 +97,10 @@ class Oracle:
         said: Announcement = messages.decode(payload, Announcement)
         self._tell(f"server announces round {said.round} {said.state}, model {said.model_version}")
         demand(said.round >= self._highest, f"round {said.round} after round {self._highest}")
+        noted, coordinator = self._noted(), self._server.coordinator
+        has_room = coordinator is None or not coordinator._trouble
+        if noted < said.round and has_room:  # without room a start goes on with what is open
+            self._unnoted.append(f"round {said.round}, when that file might know {noted}")
         self._highest = said.round
         self._epochs_s.setdefault(said.fleet_epoch, self._server.broker.now_s)
         if said.state == "closed":
@@ -107,6 +112,11 @@ class Oracle:
             self._opened_s[said.round] = self._server.broker.now_s
         same = self._opened.setdefault(said.round, digest) == digest
         demand(same, f"round {said.round} was opened in two ways")
+
+    def _noted(self) -> int:
+        """The highest round that the server's second file would know if the power went now."""
+        line = self._server.disk.durable(self._server.home.state / "highest-round")
+        return 0 if line is None else int(line.split()[0])
 
     def _asked(self, device: str, said: Join | Init) -> None:
         self._tell(f"{device} says {type(said).__name__} for round {said.round}")
@@ -170,6 +180,7 @@ class Oracle:
             rounds = [r for run in range(1, last.id + 1) for r in tx.rounds_of(run)]
             receipts = {r.number: tx.receipts(r.number, status="accepted") for r in rounds}
             models = {m.version: m for m in tx.models(limit=1000)}
+        demand(not self._unnoted, f"announced before the second file knew: {self._unnoted}")
         demand(all(r.round_key is None for r in rounds), "the key of a round outlived it")
         kept = {(r.round, r.device, r.upload) for rs in receipts.values() for r in rs}
         self.receipts = len(kept)

@@ -102,6 +102,20 @@ class AnnouncedBeforeWritten(Service):
             ledger.announcer.sign, ledger.db.transaction = sign, transaction
 
 
+class NotedLate(Ledger):
+    """Notes the highest round when the round is over."""
+
+    def open_round(self, effect):
+        with self.db.reading() as tx:
+            before = tx.highest_round()
+        note = self._highest.note
+        self._highest.note = lambda _: note(before)
+        try:
+            return super().open_round(effect)
+        finally:
+            self._highest.note = note
+
+
 class NonceReuse(Agent):
     """Seals each attempt of an upload under the key of the first."""
 
@@ -147,6 +161,7 @@ BROKEN = [
     ("receipt before commit", Parts(ledger=ReceiptBeforeCommit), "has a receipt"),
     ("dedupe off", Parts(taking_in(DedupeOff)), "exact mean"),
     ("dedupe off after a restart", Parts(taking_in(DedupeOffAfterRestart)), "exact mean"),
+    ("highest round noted late", Parts(ledger=NotedLate), "before the second file knew"),
     ("nonce reuse", Parts(agent=NonceReuse), "nonce was used twice"),
     ("announced before written", Parts(service=AnnouncedBeforeWritten), "opened in two ways"),
     ("remembered after acting", Parts(agent=RememberedAfterActing), "it may forget"),

@@ -1,6 +1,7 @@
 import contextlib
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from server.fleet.home import Home, create
 from server.fleet.keys import read_root
 from server.fleet.sealed_file import Cost, Writer
 from server.store.database import Database
+from server.store.highest import HighestRound
 from server.store.rows import Round, Run
 from tests.fleets import is_refusal, typed
 
@@ -119,6 +121,16 @@ def test_the_same_backup_restored_again_later_is_above_the_first_restore(home):
     second = restore(path, home.folder.parent / "second", WORDS, now=1.8e9 + 120)
     rounds_between = 59_999  # a thousand rounds a second, for a minute
     assert next_numbers(second.home)[0] > next_numbers(first.home)[0] + rounds_between
+
+
+def test_the_file_of_the_highest_round_stays_out_and_no_restored_fleet_is_below_it(home):
+    path = home.state / "highest-round"
+    HighestRound(path).note(9)  # the database's log with rounds 8 and 9 is lost
+    made = restored(home, now=0.0)  # and the clock as well
+    assert not (made.home.state / path.name).exists()  # it would be older than what it tells of
+    assert next_numbers(made.home)[0] > 9
+    shutil.copy(made.home.database, home.database)  # by hand, into the folder of before
+    assert next_numbers(home)[0] > HighestRound(path).known
 
 
 def test_a_clock_that_was_never_set_still_lets_the_numbers_grow(home):
