@@ -244,12 +244,15 @@ class Intake:
         )
 
     def refuse(self, device: str, upload: bytes, reason: str) -> None:
-        """Write down that an upload was rejected, and drop what was kept of it in memory."""
-        incoming = self.uploads.pop(upload, None)
+        """Write down that an upload was rejected, and drop what was kept of it in memory.
+
+        Raises DiskFullError or LocalError; then it is still here, to be refused again.
+        """
+        incoming = self.uploads.get(upload)
         if incoming is not None:
-            self._let_go(incoming)
             with self._db.transaction() as tx:
                 tx.add_receipt(self._receipt(device, incoming.init, "rejected", reason[:500]))
+            self.forget(upload)
 
     def forget(self, upload: bytes) -> None:
         """Drop what was kept in memory of an attempt that its device replaced by another."""

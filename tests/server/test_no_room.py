@@ -2,13 +2,15 @@
 
 import errno
 import os
+from contextlib import contextmanager
 
 import pytest
 
-from broker_bridge.disk import RealDisk
+from broker_bridge.disk import DiskFullError, RealDisk
 from broker_bridge.wire.messages import Ack, Busy, Need
 from server.config import Limits, Rounds, ServerConfig
 from server.ledger import Ledger
+from server.store.rows import Receipt
 from tests.fleets import World
 
 
@@ -152,3 +154,51 @@ def test_updates_beyond_their_share_of_the_disk_wait(small_worlds):
     init, _ = world.a.seal(world.a.go(), world.a.delta())
     (answer,) = world.a.commit(init)
     assert answer.status == "busy"
+
+
+@contextmanager
+def no_room_for_receipts(world):
+    """SQLite may add no page to its file, and those of the receipts are full."""
+    db = world.ledger.db
+
+    def pages_at_most(count):
+        with db._engine.connect() as connection:
+            sql = connection.connection.driver_connection
+            sql.execute(f"PRAGMA max_page_count={count}")
+            return sql.execute("PRAGMA page_count").fetchone()[0]
+
+    def fill():
+        for number in range(10_000):
+            with db.transaction() as tx:
+                tx.add_receipt(
+                    Receipt(
+                        upload=number.to_bytes(8, "big"), round=1, device="b", init=b"",
+                        status="rejected", examples=0, at=0.0,
+                    )
+                )  # fmt: skip
+
+    pages_at_most(pages_at_most(1_000_000))
+    with pytest.raises(DiskFullError):
+        fill()
+    yield
+    pages_at_most(1_000_000)
+
+
+def receipts_of(world, device):
+    with world.ledger.db.reading() as tx:
+        return tx.receipts(1, device=device)
+
+
+def test_a_rejection_that_could_not_be_written_down_is_written_down_later(worlds):
+    world = worlds()
+    a, _ = world.hand("a"), world.hand("b")
+    assert world.tell(cmd="start", target=2)["ok"]
+    init, sealed = a.seal(a.go(), a.delta(), tags=bytes(32))
+    a.commit(init)
+    with no_room_for_receipts(world):
+        assert a.send(sealed)[-1].status == "rejected"
+        assert receipts_of(world, "a") == []
+    world.pass_time(2)
+    assert [each.status for each in receipts_of(world, "a")] == ["rejected"]
+    assert "disk" not in world.status()["detail"]
+    assert world.ledger._spool.uploads() == set()
