@@ -123,9 +123,14 @@ class Intake:
         return header.transfer if self._spool.complete(header.transfer) else None
 
     def _remember(self, incoming: _Incoming, index: int, body: bytes, tag: bytes) -> None:
-        """Keep what was opened, while there is room: else it is read and opened once more."""
-        room = self._opened_bytes + len(body) <= _OPENED_BYTES_MAX
-        if room and index not in incoming.opened:
+        """Keep what was opened, while there is room: else it is read and opened once more.
+
+        In place of what a failed sync lost: memory must not hold other bytes than the disk.
+        """
+        before = incoming.opened.pop(index, None)
+        if before is not None:
+            self._opened_bytes -= len(before[0])
+        if self._opened_bytes + len(body) <= _OPENED_BYTES_MAX:
             self._opened_bytes += len(body)
             incoming.opened[index] = body, tag
 
