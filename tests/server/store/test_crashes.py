@@ -36,8 +36,8 @@ Scenario = Callable[[], None]
 
 # What changes a disk, or asks it to keep its word.
 CALLS = {
-    "commit", "execute", "fdatasync", "fsync", "mkdir", "open", "pwrite", "rename", "unlink",
-    "write",
+    "commit", "execute", "fdatasync", "fsync", "mkdir", "open", "pwrite", "pwritev", "rename",
+    "unlink", "write",
 }  # fmt: skip
 
 
@@ -154,7 +154,8 @@ def update_of(device: str) -> tuple[bytes, Layout, list[bytes]]:
     seed = int.from_bytes(sha256(device.encode())[:4], "big")
     delta = np.random.default_rng(seed).normal(size=SHAPE).astype(np.float32)
     message = weights.encode({"x": delta})
-    upload, layout = sha256(device.encode())[:8], Layout(len(message), 70)
+    body_bytes = 70 if device == DEVICES[0] else len(message)  # several chunks, or one
+    upload, layout = sha256(device.encode())[:8], Layout(len(message), body_bytes)
     return upload, layout, list(seal_chunks(message, layout, transfer=upload, key=KEY))
 
 
@@ -256,9 +257,14 @@ def close_the_round(db: Database, spool: Spool, files: ModelFiles) -> None:
     spool.clear()
 
 
+def spool_in(folder: Path) -> Spool:
+    """Updates are in a file each, or share one: that is in the folder's name."""
+    return Spool(folder / "spool", shared_bytes_max=10_000 if "shared" in str(folder) else 0)
+
+
 def whole_round(folder: Path) -> None:
     """From nothing, or from wherever the last process was killed, to the model."""
-    db, spool, files = Database(folder / "db"), Spool(folder / "spool"), ModelFiles(folder / "m")
+    db, spool, files = Database(folder / "db"), spool_in(folder), ModelFiles(folder / "m")
     receipts = os.open(folder / "receipts", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     open_the_round(db)
     with db.reading() as tx:
@@ -283,7 +289,7 @@ def promised(folder: Path) -> set[bytes]:
 
 def check_promises(folder: Path) -> None:
     """Every receipt that went out is in the database, and its update opens."""
-    db, spool = Database(folder / "db"), Spool(folder / "spool")
+    db, spool = Database(folder / "db"), spool_in(folder)
     with db.reading() as tx:
         current = tx.current_round()
         accepted = {r.upload for r in tx.receipts(1, status="accepted")}
@@ -299,7 +305,10 @@ def check_promises(folder: Path) -> None:
     db.close()
 
 
-def test_a_round_ends_in_the_same_bits_wherever_it_is_killed(scratch: Path) -> None:
+@pytest.mark.parametrize("files", ["own", "shared"])
+def test_a_round_ends_in_the_same_bits_wherever_it_is_killed(scratch: Path, files: str) -> None:
+    scratch = scratch / files
+    scratch.mkdir()
     start, undisturbed = scratch / "start", scratch / "undisturbed"
     start.mkdir()
     database = Database(start / "db")
@@ -354,6 +363,25 @@ def test_the_disk_is_asked_before_anything_is_promised(scratch: Path) -> None:
     renamed = calls.index("rename")
     assert calls[renamed - 1] == "fsync"  # the model's bytes before its name
     assert "fsync" in calls[renamed : renamed + calls[renamed:].index("execute")]
+
+
+def test_a_group_in_one_file_is_written_and_synced_before_anything_is_promised(
+    scratch: Path,
+) -> None:
+    calls: list[str] = []
+    folder = scratch / "shared"
+    folder.mkdir()
+    watch(calls.append)
+    try:
+        whole_round(folder)
+    finally:
+        watch(None)
+    receipt = calls.index("write")
+    written, commit = _last(calls[:receipt], "pwritev"), _last(calls[:receipt], "commit")
+    synced = calls[written:receipt]
+    assert (synced.count("fdatasync"), synced.count("fsync")) == (1, 1)
+    assert written < _last(calls[:receipt], "fdatasync") < _last(calls[:receipt], "fsync")
+    assert _last(calls[:receipt], "fsync") < commit < receipt
 
 
 def _last(calls: list[str], call: str) -> int:
