@@ -58,6 +58,7 @@ from server.events import (
     Started,
     StartRun,
     Tick,
+    Unread,
     Upload,
 )
 from server.measuring import Measured, Measuring, good_enough
@@ -100,6 +101,7 @@ class Coordinator:
         self._weight_max = LIMITS.examples_max
         self._connected = True
         self._trouble = ""  # with the disk
+        self._unread = ""  # what cannot be read of the fleet's files
 
     # ── what others may ask ─────────────────────────────────────────────────────────────
 
@@ -129,7 +131,7 @@ class Coordinator:
         found: dict[str, object] = {
             "federation": self.federation,
             "phase": "paused" if self.paused else self.phase.value,
-            "detail": self._trouble or self.detail,
+            "detail": "; ".join(filter(None, (self._trouble, self._unread))) or self.detail,
             "devices": {
                 "online": self.online_count(),
                 "evaluating": self.online_count("evaluate"),
@@ -215,6 +217,9 @@ class Coordinator:
                 return []
             case Room(trouble):
                 self._trouble = trouble
+                return []
+            case Unread(trouble):
+                self._unread = trouble  # nothing waits for that: rounds go on
                 return []
             case Commanded(command):
                 return self._commanded(command)

@@ -65,6 +65,7 @@ __all__ = [
     "StartRun",
     "Started",
     "Tick",
+    "Unread",
     "Upload",
     "Withdraw",
 ]
@@ -140,6 +141,12 @@ class LinkUp(_Word, frozen=True):
 
 class Room(_Word, frozen=True):
     """The disk has room, or `trouble` says for a person what is wrong with it."""
+
+    trouble: str = ""
+
+
+class Unread(_Word, frozen=True):
+    """What a command changed can be read, or `trouble` says why the server goes on as before."""
 
     trouble: str = ""
 
@@ -248,6 +255,7 @@ Event = (
     | LinkDown
     | LinkUp
     | Room
+    | Unread
     | Commanded
     | Started
     | Seen

@@ -45,12 +45,17 @@ class Members:
         with self._db.reading() as tx:
             self._changes, self._shut_out = tx.fleet_changes(), tx.shut_out()
 
+    @property
+    def is_due(self) -> bool:
+        """Whether it is time for a look."""
+        return self._clock() >= self._look_at_s
+
     def look(self, *, now: bool = False) -> Change | None:
         """Whether a command changed who belongs to the fleet; once a second, or `now`.
 
         Raises LocalError.
         """
-        if not now and self._clock() < self._look_at_s:
+        if not (now or self.is_due):
             return None
         self._look_at_s = self._clock() + _LOOK_S
         with self._db.reading() as tx:

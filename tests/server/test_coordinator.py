@@ -45,6 +45,7 @@ from server.events import (
     Refused,
     Reported,
     Respond,
+    Room,
     Run,
     Seen,
     Send,
@@ -52,6 +53,7 @@ from server.events import (
     Started,
     StartRun,
     Tick,
+    Unread,
     Upload,
     Withdraw,
 )
@@ -185,6 +187,32 @@ def test_status_says_who_is_there_and_how_far_the_round_is() -> None:
         "number": 1, "target": 3, "quorum": 2, "invited": 2, "uploading": 1, "accepted": 1,
         "seconds_left": 600.0,
     }  # fmt: skip
+
+
+# ── What is wrong here ──────────────────────────────────────────────────────────────────
+
+
+def test_rounds_go_on_while_a_file_of_the_fleet_cannot_be_read_and_the_status_says_so() -> None:
+    server = Server(online=2)
+    server.step(Unread("roster.json is damaged"))
+    assert OpenRound in kinds(server.start(rounds=2))
+    server.upload("d0")
+    assert OpenRound in kinds(server.upload("d1"))
+    assert server.it.status()["detail"] == "roster.json is damaged"
+    server.step(Unread())
+    assert server.it.status()["detail"] == "round 2 is open"
+
+
+def test_each_trouble_is_in_the_status_until_it_is_over() -> None:
+    server = Server(online=1)
+    idle = server.it.status()["detail"]
+    server.step(Unread("roster.json is damaged"))
+    server.step(Room("the disk is full"))
+    assert server.it.status()["detail"] == "the disk is full; roster.json is damaged"
+    server.step(Room())
+    assert server.it.status()["detail"] == "roster.json is damaged"
+    server.step(Unread())
+    assert server.it.status()["detail"] == idle
 
 
 # ── The end of a round ──────────────────────────────────────────────────────────────────
@@ -452,6 +480,8 @@ any_event = st.one_of(
     st.floats(0, 3000).map(Tick),
     st.just(LinkDown()),
     st.booleans().map(LinkUp),
+    st.sampled_from(["", "the disk is full"]).map(Room),
+    st.sampled_from(["", "roster.json is damaged"]).map(Unread),
     st.builds(
         lambda c, t, q: Commanded(Command(cmd=c, target=t, quorum=q, rounds=2)),
         st.sampled_from(["start", "stop", "pause", "resume", "status"]),

@@ -160,6 +160,20 @@ def test_it_looks_once_a_second_and_at_once_when_asked(members, db, clock):
     assert members.look().shut_out == {"bob": "suspended"}
 
 
+def test_it_is_time_for_a_look_a_second_after_the_last_also_after_one_that_failed(
+    members, home, db, clock
+):
+    clock.s += 1.0
+    assert members.is_due
+    (home.folder / "keys" / "roster.json").write_bytes(b"not a roster")
+    set_status(db, "ann", "suspended")
+    with pytest.raises(LocalError):
+        members.look()
+    assert not members.is_due
+    clock.s += 1.0
+    assert members.is_due
+
+
 def test_a_revocation_by_a_command_is_seen_with_its_roster(members, home, db):
     assert members.member("ann")
     expulsion.expel(home, db, "ann", now=1.0)
