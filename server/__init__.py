@@ -15,8 +15,11 @@ The rules, pure:
 The loop, and what it works with:
 
     service.py       receive, step, perform
-    members.py       who belongs to the fleet; rejects.py: what was dropped, and why
+    hearing.py       what a message says; desk.py: what an operator asks, and the answer
+    mail.py          what is said to one device
     noticeboard.py   what lies on the broker for everyone
+    lookout.py       what commands change meanwhile; members.py: who belongs to the fleet
+    room.py          a full disk; rejects.py: what was dropped, and why
     ledger.py        what a run writes down; intake.py: the updates of a round
     lineage.py       its task and its models
     announcer.py     what is announced of a round; recall.py: of those that are over

@@ -208,8 +208,8 @@ def test_a_certificate_near_its_end_is_renewed_and_used(world):
     ann = device(world)
     old = ann.identity.certificate_pem
     assert world.broker.on(TOPICS.up(0, "ann", "renew")) == []
-    world.service._registrar = office = replace(
-        world.service._registrar, clock=lambda: time.time() + (CLIENT_DAYS - 50) * DAY_S
+    office = replace(
+        world.service._renewals.registrar, clock=lambda: time.time() + (CLIENT_DAYS - 50) * DAY_S
     )
     world.service._renewals.registrar = office
     ann._link.drop()
@@ -224,8 +224,8 @@ def test_a_certificate_near_its_end_is_renewed_and_used(world):
 
 def test_a_lost_certificate_is_sent_again_and_is_the_same(world):
     ann = device(world)
-    world.service._registrar = office = replace(
-        world.service._registrar, clock=lambda: time.time() + (CLIENT_DAYS - 50) * DAY_S
+    office = replace(
+        world.service._renewals.registrar, clock=lambda: time.time() + (CLIENT_DAYS - 50) * DAY_S
     )
     world.service._renewals.registrar = office
     world.broker.lose = lambda m: m.topic == TOPICS.down("ann", "cfg") and answers(world) in (2, 3)

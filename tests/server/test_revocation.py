@@ -6,7 +6,6 @@ from broker_bridge.errors import LocalError
 from broker_bridge.wire import messages
 from broker_bridge.wire.messages import Busy, Go, NeedBlob, Refused, Renew, Report, Welcome
 from server.fleet.expulsion import expel
-from server.fleet.renewal import Renewals
 from server.store.database import Database
 from tests.fleets import TOPICS
 
@@ -171,9 +170,7 @@ def test_a_revoked_device_is_refused_whatever_it_says(three):
     assert world.rejected()["revoked_device"] == 5
     assert not world.coordinator.knows("eve")
     renew = Renew(nonce=b"n" * 16, fleet_epoch=1, certified_until=0, software="test")
-    signed = Renewals(world.service._registrar).answer(
-        "eve", eve.sign("renew", renew), has_upload=False
-    )
+    signed = world.service._renewals.answer("eve", eve.sign("renew", renew), has_upload=False)
     server = world.ledger.keys.sign.public
     said = messages.opened(server, "cfg", eve.identity.scope, signed, Welcome | Refused)
     assert "was revoked" in said.reason
