@@ -1,1 +1,1 @@
-"""What must survive: the database, the model files, the spool of updates."""
+"""What must survive: the database, the highest round, the model files, the spool of updates."""
