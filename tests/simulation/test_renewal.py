@@ -51,7 +51,7 @@ class NeverAnswers(Renewals):
 class Silent(Service):
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **options)
-        self._renewals = NeverAnswers(self._registrar)
+        self._hearing.renewals = NeverAnswers(self._renewals.registrar)
 
 
 def test_a_server_that_answers_no_renewal_is_noticed() -> None:
