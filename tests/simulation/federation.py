@@ -17,7 +17,7 @@ from server.fleet.home import ServerKeys
 from server.store.rows import Device as DeviceRow
 from tests.simulation.disk import SimulatedDatabase
 from tests.simulation.machines import FEDERATION, Device, Machine, Parts, Server
-from tests.simulation.network import PACKET_BYTES, WatchedBroker
+from tests.simulation.network import LARGE_PACKET_BYTES, PACKET_BYTES, WatchedBroker
 from tests.simulation.oracle import Oracle, ViolationError, demand
 from tests.simulation.weather import OUTAGE_S, YEAR_S, Weather
 from tests.simulation.work import Trainings
@@ -100,6 +100,8 @@ class Federation:
             draw=self.draw, loss=weather.loss, repeat=weather.repeat, delay=weather.delay,
             reorder=weather.reorder,
         )  # fmt: skip
+        if weather.whole:
+            self.broker.limits = LinkLimits(LARGE_PACKET_BYTES, 20)
         trainings = Trainings()
         keys, identities_ = _keys(weather, self.draw.randbytes)
         self.server = Server(self.broker, weather, parts, keys)
@@ -191,7 +193,7 @@ class Federation:
             case "pause" | "resume" | "stop":
                 self.operator.say(event)
             case "limits":
-                packet_bytes = self.draw.choice((1300, PACKET_BYTES, 4096))
+                packet_bytes = self.draw.choice((1300, PACKET_BYTES, LARGE_PACKET_BYTES))
                 self.broker.limits = LinkLimits(packet_bytes, 20)
                 self.broker.leave(1.0, keep=self.draw.random() < 0.5)
             case "replay":

@@ -35,7 +35,7 @@ from server.ledger import Ledger
 from server.service import Service
 from server.store.spool import Spool
 from tests.simulation.disk import Crash, SimulatedDatabase, SimulatedDisk
-from tests.simulation.network import WatchedBroker
+from tests.simulation.network import LARGE_PACKET_BYTES, WatchedBroker
 from tests.simulation.weather import Mischief, Weather
 from tests.simulation.work import LaterBackground, SimulatedTrainer, Trainings, task_file
 
@@ -188,9 +188,8 @@ class Server(Machine):
         )  # fmt: skip
         if self.weather.large:  # as if these small updates were large ones
             self.ledger._spool = Spool(self.home.state / "spool", disk=self.disk)
-        rules = Rules(
-            deadline_s=DEADLINE_S, evaluation_wait_s=5.0, packet_bytes_max=UPDATE_PACKET_BYTES
-        )
+        packet_bytes = LARGE_PACKET_BYTES if self.weather.whole else UPDATE_PACKET_BYTES
+        rules = Rules(deadline_s=DEADLINE_S, evaluation_wait_s=5.0, packet_bytes_max=packet_bytes)
         self.coordinator = self.parts.coordinator(federation=FEDERATION, rules=rules)
         registrar = Registrar(self.home, db, self.wall, self.draw.randbytes)
         self.service = self.parts.service(

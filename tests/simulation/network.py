@@ -12,6 +12,7 @@ __all__ = ["WatchedBroker"]
 
 # Small packets, so that small models travel in several.
 PACKET_BYTES = 1536
+LARGE_PACKET_BYTES = 4096  # an update fits into one
 REMEMBERED_MAX = 400
 _SEALED = re.compile(r"/(round|task/\d+|model/\d+|up/.*|down/.*)$")
 

@@ -49,6 +49,7 @@ class Weather:
     deadline_s: float = 60.0
     evaluators: int = 0
     large: bool = False  # whether each update has a file of its own in the spool
+    whole: bool = False  # whether each update comes in one chunk
     knows_room: bool = False  # whether the server can ask how much room its disk has
     sick: float = 0.0  # how often a training fails for want of data
     training_s: float = 5.0
@@ -93,6 +94,7 @@ class Weather:
         self.evaluators = int(some(0.25))
         self.knows_room = some(0.5)
         self.large = some(0.5)
+        self.whole = random.Random(f"whole {seed}").random() < 0.5
         self.sick = 0.02
         self.loss = draw.uniform(0, 0.3) if some() else 0.0
         self.repeat = draw.uniform(0, 0.3) if some() else 0.0
