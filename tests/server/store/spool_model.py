@@ -14,6 +14,7 @@ from typing import Any
 
 from broker_bridge.errors import LocalError
 from broker_bridge.wire.chunks import CHUNK_OVERHEAD_BYTES, ChunkHeader, Layout
+from server.store import slots as slot_file
 from server.store.spool import Spool
 from tests.simulation.disk import SimulatedDisk
 
@@ -220,6 +221,7 @@ class ModelledSpool:
             assert self.spool.lacks(upload) == len(missing)
         slots = self.spool._slots
         assert slots._waiting_bytes == sum(map(len, slots._waiting.values()))
+        assert slots._waiting_bytes <= slot_file._WAITING_BYTES_MAX
         assert set(slots._waiting) <= set(self.uploads)
 
     # ── what is in it ───────────────────────────────────────────────────────────────────

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from broker_bridge.disk import DiskFullError, RealDisk
@@ -286,7 +286,20 @@ STEPS = st.one_of(
 )
 
 
+# What it takes chance long to find: a group that is given up, a chunk that is put again after a
+# sync, and several chunks after a sync that failed.
+GIVEN_UP = [("put", 0, 0), ("fail", 5, 0, 3), ("sync", {0}), ("fail", 5, 0, 0), ("sync", {0})]
+PUT_AGAIN = [("put", 0, 0), ("sync", {0}), ("forget", 0, 0), ("put", 0, 0), ("sync", {0})]
+SEVERAL = [("put", 0, 3), ("fail", 5, 0, 1), ("sync", {0}), ("put", 0, 3), ("sync", {0})]
+
+
 @settings(max_examples=400)
+@example(0, GIVEN_UP)
+@example(0, PUT_AGAIN)
+@example(1, SEVERAL)
+@example(3, SEVERAL)
+@example(5, SEVERAL)
+@example(7, SEVERAL)
 @given(st.integers(0, 2**32), st.lists(STEPS, max_size=25))
 def test_whatever_fails_and_dies_what_was_promised_is_there_and_nothing_that_was_not_put(
     seed: int, steps: list[tuple]
