@@ -8,7 +8,7 @@ their sealed chunks, to the same bits: exact sums do not care for order.
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -216,8 +216,9 @@ class Intake:
                 bodies.append(open_chunk(chunk, incoming.key))
             except PeerError:
                 torn.append(index)
-        for index in torn:
-            self._spool.forget(init.upload, index)
+        for index in torn:  # in this process in any case; after a restart it is torn again
+            with suppress(LocalError):
+                self._spool.forget(init.upload, index)
         if torn:
             raise PeerError("torn", f"{len(torn)} chunks were torn on our disk")
         if tags_digest(chunks) != init.tags:

@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ from broker_bridge.task.taskfile import decode_task
 from broker_bridge.wire.chunks import chunk_header
 from broker_bridge.wire.messages import Go
 from broker_bridge.wire.weights import encode
+from server import intake
+from server.events import Accept, Refused
 from server.ledger import Ledger
 from tests.fleets import ROOT, TOPICS, World
 
@@ -132,3 +135,35 @@ def test_what_is_summed_is_what_the_disk_has_though_a_chunk_came_again_with_othe
     (answer,) = a.send(sealed, range(1, sealed.layout.count))
     world.ledger._open._sum_again()  # whatever has a receipt can be read
     assert answer.status == "rejected"
+
+
+def test_a_full_disk_ends_no_server_that_keeps_no_more_opened_updates_in_memory(world, monkeypatch):
+    """What waits to be written was to be read from the disk, so was written first."""
+    monkeypatch.setattr(intake, "_OPENED_BYTES_MAX", 0)
+    a, _ = world.hand("a"), world.hand("b")
+    assert world.tell(cmd="start", task="aircraft", target=2)["ok"]
+    init, sealed = in_one_chunk(a, 1)
+    a.commit(init)
+    world.disk.room = 0
+    assert a.send(sealed)[-1].status == "busy"
+    world.disk.room = 1 << 40
+    world.pass_time(7)
+    a.commit(init)
+    assert a.send(sealed)[-1].status == "accepted"
+
+
+def test_a_chunk_that_is_torn_on_a_full_disk_is_asked_for_again(world, monkeypatch):
+    monkeypatch.setattr(intake, "_OPENED_BYTES_MAX", 0)
+    a, _ = world.hand("a"), world.hand("b")
+    assert world.tell(cmd="start", task="wearables", target=2)["ok"]
+    init, sealed = a.seal(a.go(), a.delta())
+    a.commit(init)
+    for chunk in sealed.chunks:
+        world.ledger.put_chunk("a", chunk)
+    fd, start = world.ledger._spool._place(init.upload)
+    os.pwrite(fd, bytes(100), start + 1000)
+    world.disk.room = 0
+    (refused,) = world.ledger.accept([Accept("a", init)], at_disk=nullcontext)
+    assert isinstance(refused, Refused)
+    assert refused.status == "resend"
+    assert world.ledger._spool.missing(init.upload) == [0]
