@@ -92,10 +92,15 @@ class Database:
         Raises DiskFullError when there is no room (nothing is lost: try again later) and
         LocalError when the database cannot be used.
         """
-        with self._errors(), self._engine.begin() as connection:
-            yield Transaction(connection)
-            with at_disk():
-                connection.commit()
+        with self._errors(), self._engine.connect() as connection:
+            connection.begin()
+            try:
+                yield Transaction(connection)
+                with at_disk():
+                    connection.commit()
+            except BaseException:
+                connection.rollback()  # also after a commit that failed: it may be open still
+                raise
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[Transaction]:

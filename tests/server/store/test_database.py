@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from msgspec import structs
 from sqlalchemy.dialects import postgresql
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.schema import CreateIndex, CreateTable
 
 from broker_bridge.errors import LocalError, PeerError
@@ -258,6 +259,21 @@ def test_a_write_that_the_disk_refuses_loses_nothing_and_can_be_tried_again(
         assert tx.meta("kept") == "yes"
         assert tx.meta("large-0") is None
         tx.set_meta("large-0", "x" * 10_000)
+
+
+def test_a_commit_that_fails_leaves_no_transaction_behind(db: Database) -> None:
+    def unheard_of() -> None:
+        with db.transaction() as tx:
+            tx._sql.exec_driver_sql("PRAGMA defer_foreign_keys=ON")  # so that COMMIT says no
+            tx.add_receipt(RECEIPT)  # of no round there is
+
+    for _ in range(3):
+        with pytest.raises(IntegrityError):
+            unheard_of()
+        with db.reading() as tx:
+            assert tx.receipt(RECEIPT.upload) is None
+        with db.transaction() as tx:
+            tx.set_meta("after", "it")
 
 
 def test_every_table_can_be_written_for_postgresql() -> None:
