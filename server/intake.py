@@ -267,7 +267,7 @@ class Intake:
             self._let_go(incoming)
 
     def withdraw(self, device: str, reason: str) -> list[bytes]:
-        """Take back whatever a device gave, and forget it; return its uploads.
+        """Take back whatever a device gave; return its uploads, which are to be forgotten.
 
         On the disk first: after a kill the sum is made of the updates that still have a receipt.
         Raises LocalError.
@@ -279,10 +279,7 @@ class Intake:
         for receipt in taken:
             if receipt.status == "accepted":
                 self._take_out(messages.decode(receipt.init, Init))
-        mine = [upload for upload, each in self.uploads.items() if each.device == device]
-        for upload in mine:
-            self.forget(upload)
-        return mine
+        return [upload for upload, each in self.uploads.items() if each.device == device]
 
     def _take_out(self, init: Init) -> None:
         """Take one update out of the sum; if it cannot be read any more, add the others anew."""

@@ -280,6 +280,7 @@ class Ledger:
         if self._open is not None:
             for upload in self._open.withdraw(device, reason):
                 self._spool.drop(upload)
+                self._open.forget(upload)  # last: for want of room it is dropped again later
 
     def gone_devices(self) -> list[str]:
         """Devices that were revoked, and have an update in the open round all the same."""

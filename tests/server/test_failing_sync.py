@@ -15,6 +15,7 @@ from broker_bridge.wire.messages import Go
 from broker_bridge.wire.weights import encode
 from server import intake
 from server.events import Accept, Refused
+from server.fleet.expulsion import expel
 from server.ledger import Ledger
 from tests.fleets import ROOT, TOPICS, World
 
@@ -167,3 +168,19 @@ def test_a_chunk_that_is_torn_on_a_full_disk_is_asked_for_again(world, monkeypat
     assert isinstance(refused, Refused)
     assert refused.status == "resend"
     assert world.ledger._spool.missing(init.upload) == [0]
+
+
+def test_what_a_revoked_device_gave_goes_once_there_is_room_to_say_so(world):
+    a, b = world.hand("a"), world.hand("b")
+    assert world.tell(cmd="start", task="wearables", target=3)["ok"]
+    assert a.upload(a.delta()).status == b.upload(b.delta()).status == "accepted"
+    (kept,) = (u for u, each in world.ledger._open.uploads.items() if each.device == "b")
+    world.disk.room = 0
+    expel(world.home, world.ledger.db, "a", now=world.now())
+    world.pass_time(3)
+    assert "full" in world.status()["detail"]
+    world.disk.room = 1 << 40
+    world.pass_time(3)
+    assert "full" not in world.status()["detail"]
+    assert world.ledger._spool.uploads() == set(world.ledger._open.uploads) == {kept}
+    assert world.status()["round"]["accepted"] == 1
