@@ -22,6 +22,7 @@ class Shares:
     """What one device may do."""
 
     control_per_minute: float = 120.0  # messages that are no chunk; so many may come at once
+    control_per_round: float = 8.0  # beside these: short rounds may follow one another quickly
     repeats_max: int = 8  # chunks of a round: so many times the bytes of an update
 
 
@@ -31,6 +32,7 @@ class _Bucket:
 
     tokens: float
     at_s: float
+    rounds: int  # that had begun by then
 
 
 class Quotas:
@@ -40,10 +42,12 @@ class Quotas:
         self.shares = shares or Shares()
         self._buckets: OrderedDict[str, _Bucket] = OrderedDict()
         self._bytes: dict[str, int] = {}
+        self._rounds = 0
         self._round_bytes_max = 0
 
     def begin_round(self, update_bytes: int) -> None:
-        """A round is open whose updates are so long: every device has its bytes again."""
+        """A round is open whose updates are so long: every device has what one round takes."""
+        self._rounds += 1
         update = update_bytes + update_bytes // 8 + _CHUNKS_ROOM_BYTES
         self._round_bytes_max = self.shares.repeats_max * update
         self._bytes.clear()
@@ -51,9 +55,11 @@ class Quotas:
     def control(self, device: str, *, now_s: float) -> None:
         """Count a message that is no chunk. Raises PeerError `too_fast`."""
         most, per_s = self.shares.control_per_minute, self.shares.control_per_minute / 60
-        bucket = self._buckets.pop(device, None) or _Bucket(most, now_s)
-        bucket.tokens = min(most, bucket.tokens + max(0.0, now_s - bucket.at_s) * per_s)
-        bucket.at_s = max(bucket.at_s, now_s)
+        bucket = self._buckets.pop(device, None) or _Bucket(most, now_s, self._rounds)
+        earned = max(0.0, now_s - bucket.at_s) * per_s
+        earned += (self._rounds - bucket.rounds) * self.shares.control_per_round
+        bucket.tokens = min(most, bucket.tokens + earned)
+        bucket.at_s, bucket.rounds = max(bucket.at_s, now_s), self._rounds
         self._buckets[device] = bucket
         if len(self._buckets) > _NAMES_MAX:
             self._buckets.popitem(last=False)

@@ -31,6 +31,17 @@ def test_a_device_that_was_too_fast_is_heard_again_later() -> None:
     assert taken(made, "a", 100, now_s=15.0) == 10
 
 
+def test_each_round_gives_a_device_what_a_round_takes_and_no_hoard() -> None:
+    made = Quotas(Shares(control_per_minute=60, control_per_round=8))
+    taken(made, "a", 100, now_s=5.0)
+    for _ in range(50):
+        made.begin_round(80_000)
+        assert taken(made, "a", 100, now_s=5.0) == 8
+    for _ in range(50):
+        made.begin_round(80_000)
+    assert taken(made, "a", 100, now_s=5.0) == 60
+
+
 def test_one_devices_haste_is_not_anothers() -> None:
     made = Quotas(Shares(control_per_minute=60))
     taken(made, "a", 1000, now_s=5.0)
