@@ -10,8 +10,8 @@ number, higher than those of before: should the disk fail in between, an upload 
 dropped and begun anew may have two headers, and the later one counts.
 
 Nor has a slot a place in the file before that. So updates of one chunk, which wait in memory
-for their group, come to lie one after the other, and one call writes them all: the kernel
-takes a third of the time for that (docs/decisions/0139).
+for their group, come to lie one after the other, and one call writes them all: half the
+time or less (`bench_ingest` prints both, docs/decisions/0139).
 
 The file goes when its last slot is given back. Nothing is durable before a sync.
 """

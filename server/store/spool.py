@@ -11,7 +11,8 @@ in place. So whoever opens an update checks every tag, as it must anyway, and ca
 `forget` for a chunk that does not open; it is then missing, and asked for again.
 
 A small update (`shared_bytes_max`) has a slot in one file with others instead of a file of
-its own: a group of them then costs one sync. Nothing else changes. See slots.py.
+its own: a group of them then costs one sync. If it has one chunk only, that waits in memory
+for the sync, so a kill takes it along: nobody was promised it. See slots.py.
 
 One thread of one process uses the folder. Chunks are stored as they came: nothing here
 can read them.
